@@ -1,0 +1,37 @@
+# `make demo` and `make test` set everything up by themselves.
+PYTHON ?= python3.11
+BIN := .venv/bin
+ALIGN := $(BIN)/ernie-align
+CHECKPOINTS := runs/demo/tiny-vl runs/demo/digits-sft/final runs/demo/digits-lora/final runs/demo/digits-vision-lora/final
+
+.PHONY: setup demo test lint clean-demo
+
+setup: .venv/ready
+
+# torch is installed first and by itself, so that no other package can bring a CUDA build along
+.venv/ready: pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The main job on real images: a tiny ERNIE-4.5-VL learns to read digits, then two LoRA adapters, then all are compared.
+demo: setup clean-demo
+	$(ALIGN) tiny vl_moe runs/demo/tiny-vl
+	$(ALIGN) tiny digits runs/digits
+	$(ALIGN) sft recipes/demo/digits_sft.yaml
+	$(ALIGN) lora recipes/demo/digits_lora.yaml
+	$(ALIGN) lora recipes/demo/digits_vision_lora.yaml
+	$(ALIGN) eval $(CHECKPOINTS) --data runs/digits/test.jsonl --data runs/digits/parity_test.jsonl \
+		--data runs/digits/inverted_test.jsonl --max-new-tokens 8 --out runs/demo/report.json
+
+# The demo begins anew each time: what it made before goes, and nothing else under runs/ does.
+clean-demo:
+	rm -rf runs/demo runs/digits
+
+test: setup
+	$(BIN)/python -m pytest -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

@@ -1,0 +1,47 @@
+"""Aligns Baidu's open ERNIE 4.5 models after pre-training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["evaluate", "load_model", "load_recipe", "run"]
+
+if TYPE_CHECKING:
+    from ernie_align.evaluation import evaluate
+    from ernie_align.models.load import load_model
+    from ernie_align.runs import RunResult, load_recipe
+
+_HOMES = {
+    "evaluate": "ernie_align.evaluation",
+    "load_model": "ernie_align.models.load",
+    "load_recipe": "ernie_align.runs",
+}
+
+
+def run(recipe: Any, *, resume: bool = False) -> RunResult:
+    """Train what a recipe says, into its run.dir, and tell about it on the terminal or in the notebook.
+
+    recipe: a Recipe, or what load_recipe takes; resume: go on from the newest whole checkpoint in run.dir.
+    """
+    from ernie_align.recipe import Recipe
+    from ernie_align.report.console import Terminal, hush
+    from ernie_align.runs import load_recipe, run
+
+    hush()
+    checked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    return run(checked, resume=resume, reporter=Terminal(speaks=_is_first_process()))
+
+
+def _is_first_process() -> bool:
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+def __getattr__(name: str) -> Any:  # the public names, imported when they are asked for
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'ernie_align' has no attribute {name!r}")

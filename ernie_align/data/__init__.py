@@ -1,0 +1,1 @@
+"""Rows of the world -> canonical rows -> token ids with labels -> batches."""

@@ -1,0 +1,99 @@
+"""Examples -> padded tensors, with the pixels of their images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ernie_align.data import media
+from ernie_align.data.render import IGNORED, Renderer
+from ernie_align.data.row import Row, RowFault
+from ernie_align.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class RowEncoder:
+    """Rows for supervised training: ids, labels and image references, one example per sequence.
+
+    max_length: tokens of an example, image tokens included; cut: end a longer row after the last answer that fits.
+    """
+
+    def __init__(self, renderer: Renderer, *, max_length: int, cut: bool = False):
+        self.renderer = renderer
+        self.max_length = max_length
+        self.cut = cut
+
+    def features(self) -> dict[str, Any]:
+        """Columns of an example."""
+        from datasets import Value
+        from datasets.features import List
+
+        return {
+            "input_ids": List(Value("int32")),
+            "labels": List(Value("int32")),
+            "images": List({"path": Value("string"), "bytes": Value("binary")}),
+            "vision_tokens": Value("int64"),
+        }
+
+    def __call__(self, row: Row) -> list[dict[str, Any]]:
+        """The row's examples. Raises RowFault and RowDropped."""
+        return [vars(example) for example in self.renderer.examples(row, max_length=self.max_length, cut=self.cut)]
+
+
+class Collator:
+    """Examples -> input_ids (B, T), attention_mask (B, T), labels (B, T) and, with images, pixel_values (patches, C·P²)
+    and image_grid_thw (n, 3).
+
+    `rows` (B, 2) and `vision_tokens` () come along for errors and the routing guard: the trainer takes them out before
+    the model sees the batch. Which pool a token goes to does not: the backbone derives it.
+
+    row_name: (source, row) -> the row's name, for errors; left: pad on the left, as generation needs it.
+    """
+
+    def __init__(
+        self,
+        pad_token_id: int,
+        *,
+        image_processor: Any = None,
+        row_name: Callable[[int, int], str] = lambda source, row: f"row {row} of source {source}",
+        left: bool = False,
+    ):
+        self.pad_token_id = pad_token_id
+        self.image_processor = image_processor
+        self.row_name = row_name
+        self.left = left
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Raises DataError where an image is gone or broken since the row was judged."""
+        import torch
+
+        batch = {
+            "input_ids": self._pad([example["input_ids"] for example in examples], self.pad_token_id),
+            "attention_mask": self._pad([[1] * len(example["input_ids"]) for example in examples], 0),
+            "labels": self._pad([example["labels"] for example in examples], IGNORED),
+            "rows": torch.tensor([example["rows"] for example in examples]),
+            "vision_tokens": torch.tensor(sum(example["vision_tokens"] for example in examples)),
+        }
+        images = [self._load(image, example["rows"]) for example in examples for image in example["images"]]
+        if images:
+            pixels = self.image_processor(images=images, return_tensors="pt")
+            batch["pixel_values"], batch["image_grid_thw"] = pixels["pixel_values"], pixels["image_grid_thw"]
+        return batch
+
+    def _load(self, image: dict[str, Any], row: list[int]) -> Any:
+        try:
+            return media.load(image)
+        except RowFault as fault:
+            raise DataError.at(self.row_name(*row), fault.what, fix=fault.fix) from None
+
+    def _pad(self, rows: list[list[int]], value: int) -> torch.Tensor:
+        import torch
+
+        width = max(map(len, rows))
+        padded = torch.full((len(rows), width), value, dtype=torch.long)
+        for number, row in enumerate(rows):
+            start = width - len(row) if self.left else 0
+            padded[number, start : start + len(row)] = torch.as_tensor(row, dtype=torch.long)
+        return padded

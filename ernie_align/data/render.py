@@ -1,0 +1,256 @@
+"""A canonical row -> token ids, with the labels decided beside the text that is rendered.
+
+One rule holds it together: what stands before a trained answer is, id for id, what `generate` is given for that turn.
+So each answer is rendered behind its own generation prompt and tokenized on its own, as the model will write it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ernie_align.data import media
+from ernie_align.data.row import Message, Row, RowDropped, RowFault, images_in
+from ernie_align.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+IGNORED = -100  # label of a token that is not trained
+_PROBE = "\ue0a0answer\ue0a0"  # stands for an answer where only the place of its text is asked for
+_OPEN_THINKING, _CLOSE_THINKING = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class Vision:
+    """What rendering has to know of images. placeholder: the id that is repeated; ids: every modality token.
+
+    grid: (height, width) in pixels -> patches (1, rows, columns); tokens: such a grid -> placeholders it takes.
+    """
+
+    placeholder: int
+    ids: frozenset[int]
+    grid: Callable[[int, int], tuple[int, int, int]]
+    tokens: Callable[[tuple[int, int, int]], int]
+
+
+@dataclass
+class Example:
+    """Token ids with labels. vision_tokens: those the images ask for, start and end included, by their sizes."""
+
+    input_ids: list[int]
+    labels: list[int]
+    images: list[dict[str, Any]] = field(default_factory=list)
+    vision_tokens: int = 0
+
+
+@dataclass
+class _Turns:
+    """Turns that share one sequence: ids with one placeholder per image, and where each answer ends."""
+
+    ids: list[int]
+    labels: list[int]
+    ends: list[tuple[int, int]]  # (length, images so far) after each answer
+
+
+class Renderer:
+    """Renders rows with a checkpoint's tokenizer and its own chat template.
+
+    thinking: the template's enable_thinking, unless a row says otherwise; vision: None for a text model.
+    """
+
+    def __init__(self, tokenizer: TokenizersBackend, vision: Vision | None = None, *, thinking: bool = False):
+        self.tokenizer = tokenizer
+        self.vision = vision
+        self.thinking = thinking
+
+    def examples(self, row: Row, *, max_length: int, cut: bool = False) -> list[Example]:
+        """The row's training examples: one, or one per answer where the template renders history in another way.
+
+        Raises RowFault for a row with nothing to train or broken images, and RowDropped for one that is longer than
+        max_length tokens. With `cut` a long row ends after the last answer that fits.
+        """
+        if row.plain is not None:
+            sequences = [self._plain(*row.plain)]
+        else:
+            if not row.trained_turns:
+                raise RowFault("nothing to train: no assistant turn with label 1", "give it an answer, or drop it")
+            sequences = self._conversation(row)
+        tokens = self._image_tokens(row.images)
+        result, longest = [], 0
+        for sequence in sequences:
+            fitting = None
+            for length, images in reversed(sequence.ends):
+                total = length + sum(tokens[:images]) - images
+                longest = max(longest, total)
+                if total <= max_length:
+                    fitting = length, images
+                    break
+                if not cut:
+                    raise RowDropped(f"over data.max_length {max_length}")
+            if fitting is not None:
+                length, images = fitting
+                result.append(
+                    self._expand(sequence.ids[:length], sequence.labels[:length], row.images[:images], tokens)
+                )
+        if not result:
+            raise RowDropped(f"over data.max_length {max_length}")
+        return result
+
+    def prompt(self, row: Row) -> Example:
+        """What `generate` is given: everything before the last answer (or everything), and the generation prompt."""
+        if row.plain is not None:
+            ids = self.tokenizer(row.plain[0])["input_ids"]
+            return Example(ids, [IGNORED] * len(ids))
+        messages = row.messages
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        ids = self._ids(self._text(messages, row, generation_prompt=True))
+        images = row.images[: images_in(messages)]
+        return self._expand(ids, [IGNORED] * len(ids), images, self._image_tokens(images))
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Ids that end an answer: the end of sequence, and whatever the template closes a turn with."""
+        question: Message = {"role": "user", "content": "?"}
+        text = self._text([question, {"role": "assistant", "content": _PROBE}], Row(), generation_prompt=False)
+        tail = text[text.index(_PROBE) + len(_PROBE) :]
+        ending = [self.tokenizer.convert_tokens_to_ids(token) for token in self._special.findall(tail)]
+        return list(dict.fromkeys([*ending, self.tokenizer.eos_token_id]))
+
+    # -- one conversation ---------------------------------------------------------------------------------------
+
+    def _conversation(self, row: Row) -> list[_Turns]:
+        sequences: list[_Turns] = []
+        for number in row.trained_turns:
+            before, turn = row.messages[:number], row.messages[number]
+            context = self._text(before, row, generation_prompt=True)
+            context_ids, answer_ids = self._ids(context), self._ids_after_text(self._answer(context, before, turn, row))
+            known = sequences[-1].ids if sequences else None
+            if known is None or context_ids[: len(known)] != known:
+                sequences.append(_Turns([], [], []))
+                known = []
+            sequence = sequences[-1]
+            sequence.labels += [IGNORED] * (len(context_ids) - len(known)) + answer_ids
+            sequence.ids = context_ids + answer_ids
+            sequence.ends.append((len(sequence.ids), images_in(before)))
+        return sequences
+
+    def _answer(self, context: str, before: list[Message], turn: Message, row: Row) -> str:
+        """What the model has to write after `context`: the template's rendering of the turn, to its end token."""
+        whole = self._text([*before, turn], row, generation_prompt=False)
+        if not whole.startswith(context):
+            # The generation prompt holds more than the rendered turn does: a thinking block, closed when thinking is
+            # off. Behind a closed one comes the answer's own text, wherever in the rendering it begins.
+            silent = {key: value for key, value in turn.items() if key != "reasoning_content"}
+            if silent != turn:
+                whole = self._text([*before, silent], row, generation_prompt=False)
+            probed = self._text([*before, {**silent, "content": _PROBE}], row, generation_prompt=False)
+            header, found, _ = probed.partition(_PROBE)
+            if not found or not whole.startswith(header) or not context.startswith(header):
+                raise ModelError.at("chat template", "an answer is not rendered behind its generation prompt")
+            prefix = context[len(header) :]
+            if prefix.count(_OPEN_THINKING) > prefix.count(_CLOSE_THINKING):
+                what = "thinking is on, but an answer has no reasoning_content"
+                raise RowFault(what, "give it reasoning_content, or set thinking: false for the row")
+            context = header
+        answer = whole[len(context) :]
+        endings = list(self._special.finditer(answer))
+        if not endings:
+            what = "no special token ends an assistant turn: the model would never learn to stop"
+            raise ModelError.at("chat template", what, fix="use a template that writes one")
+        return answer[: endings[-1].end()]
+
+    def _plain(self, prompt: str, completion: str) -> _Turns:
+        """A row without turns: the text as it is, special tokens in it included, closed by the end of sequence."""
+        ids = self.tokenizer(prompt)["input_ids"]
+        end = self.tokenizer.eos_token
+        answer = self._ids_after_text(completion if completion.endswith(end) else completion + end)
+        if self.vision and self.vision.ids & {*ids, *answer}:
+            raise RowFault("an image token in plain text", "write the row as messages, with its images")
+        if not completion.strip():
+            raise RowFault("an empty completion", "drop the row")
+        return _Turns(ids + answer, [IGNORED] * len(ids) + answer, [(len(ids) + len(answer), 0)])
+
+    # -- text and ids -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _controls(self) -> re.Pattern:
+        """Tokens that only the template may write; the same choice as transformers' sanitize_control_tokens."""
+        return _any_of(self.tokenizer._get_control_tokens(self.tokenizer.chat_template))
+
+    @cached_property
+    def _special(self) -> re.Pattern:
+        """Special tokens that are not part of marked user text."""
+        from transformers.utils.chat_template_utils import mark_control_tokens
+
+        marked_start, _, marked_end = mark_control_tokens("\0", re.compile("\0")).partition("\0")
+        added = self.tokenizer.added_tokens_decoder.values()
+        tokens = _any_of([token.content for token in added if token.special])
+        return re.compile(f"(?<!{marked_start})(?:{tokens.pattern})(?!{marked_end})")
+
+    def _text(self, messages: list[Message], row: Row, *, generation_prompt: bool) -> str:
+        """The template's text, with special tokens that stand in the user's strings marked as text."""
+        from transformers.utils.chat_template_utils import mark_control_tokens
+
+        known = [{key: value for key, value in message.items() if key != "label"} for message in messages]
+        return self.tokenizer.apply_chat_template(
+            mark_control_tokens(known, self._controls),
+            tools=mark_control_tokens(row.tools, self._controls),
+            add_generation_prompt=generation_prompt,
+            tokenize=False,
+            enable_thinking=self.thinking if row.thinking is None else row.thinking,
+        )
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
+
+    def _ids_after_text(self, text: str) -> list[int]:
+        """Ids of a text that stands behind another: after a line break, where no tokenizer adds a space of its own."""
+        behind, newline = self._ids("\n" + text), self._newline_ids
+        return behind[len(newline) :] if behind[: len(newline)] == newline else self._ids(text)
+
+    @cached_property
+    def _newline_ids(self) -> list[int]:
+        return self._ids("\n")
+
+    # -- images -------------------------------------------------------------------------------------------------
+
+    def _image_tokens(self, images: list[dict[str, Any]]) -> list[int]:
+        if images and self.vision is None:
+            raise RowFault("an image for a model without vision", "use a vl_moe model, or drop the row")
+        counts = []
+        for image in images:
+            try:
+                counts.append(self.vision.tokens(self.vision.grid(*media.size(image))))
+            except ValueError as error:
+                if isinstance(error, RowFault):
+                    raise
+                raise RowFault(f"{image['path'] or 'an image'}: {error}", "crop the image, or drop the row") from None
+        return counts
+
+    def _expand(self, ids: list[int], labels: list[int], images: list[dict], tokens: list[int]) -> Example:
+        """One placeholder per image -> as many as its grid takes."""
+        if self.vision is None:
+            return Example(ids, labels)
+        example, number = Example([], [], list(images)), 0
+        for token, label in zip(ids, labels, strict=True):
+            repeat = 1
+            if token == self.vision.placeholder:
+                repeat = tokens[number]
+                number += 1
+            example.input_ids += [token] * repeat
+            example.labels += [label] * repeat
+        if number != len(images):
+            what = f"{len(images)} images, but the chat template wrote {number} placeholders"
+            raise ModelError.at("chat template", what, fix="use the template of an ERNIE 4.5 VL checkpoint")
+        example.vision_tokens = sum(tokens[: len(images)]) + 2 * len(images)  # each between a start and an end token
+        return example
+
+
+def _any_of(tokens: tuple[str, ...] | list[str]) -> re.Pattern:
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

@@ -1,0 +1,64 @@
+"""The canonical row: one conversation with its images, in one spelling whatever format it came in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = dict[str, Any]
+
+
+class RowFault(ValueError):
+    """A row cannot be used as it is. what: the fault; fix: the next move. Who reads the source adds file and row."""
+
+    def __init__(self, what: str, fix: str = ""):
+        super().__init__(what, fix)
+        self.what, self.fix = what, fix
+
+
+class RowDropped(ValueError):
+    """A sound row that the recipe does not want (too long). reason: how it is counted."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass
+class Row:
+    """One row.
+
+    messages: OpenAI style; `content` is text or a list of `{"type": "text", "text": ...}` and `{"type": "image"}`;
+        an assistant message may carry `reasoning_content`, `tool_calls` and `label` (0: this turn is not trained).
+    images: one reference `{"path": ..., "bytes": ...}` for each image part, in their order.
+    plain: (prompt, completion) of a row without turns; messages is then empty and no chat template is used.
+    thinking: enable_thinking of the chat template for this row; None leaves it to the recipe.
+    columns: everything else the row held, such as `kind` and `answer`.
+    """
+
+    messages: list[Message] = field(default_factory=list)
+    images: list[dict[str, Any]] = field(default_factory=list)
+    plain: tuple[str, str] | None = None
+    tools: list[dict[str, Any]] | None = None
+    thinking: bool | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained_turns(self) -> list[int]:
+        """Positions of the assistant messages that are trained."""
+        return [number for number, message in enumerate(self.messages) if is_trained(message)]
+
+
+def is_trained(message: Message) -> bool:
+    """An assistant turn, unless its label says 0."""
+    return message["role"] == "assistant" and message.get("label", 1) != 0
+
+
+def images_in(messages: list[Message]) -> int:
+    """Number of image parts."""
+    return sum(
+        part.get("type") == "image"
+        for message in messages
+        if isinstance(message.get("content"), list)
+        for part in message["content"]
+    )

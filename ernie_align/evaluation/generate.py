@@ -1,0 +1,99 @@
+"""Prompts -> answers, in left-padded batches, images included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ernie_align.data.collate import Collator
+from ernie_align.data.render import Renderer, Vision
+from ernie_align.data.row import Row
+from ernie_align.models.load import Bundle
+from ernie_align.models.modality import mm_token_type_ids
+from ernie_align.models.routing import check_routing, count_routed_tokens
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. temperature 0 is greedy."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def as_kwargs(self) -> dict[str, Any]:
+        """`generate`'s own arguments."""
+        if self.temperature == 0:
+            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+        }
+
+
+def renderer_of(bundle: Bundle, *, thinking: bool = False) -> Renderer:
+    """The renderer that belongs to a loaded model."""
+    if bundle.modality is None:
+        return Renderer(bundle.tokenizer, thinking=thinking)
+    vision = Vision(bundle.modality.image, bundle.modality.ids, bundle.image_sizes.grid, bundle.image_sizes.tokens)
+    return Renderer(bundle.tokenizer, vision, thinking=thinking)
+
+
+def answer(bundle: Bundle, row: Row, *, sampling: Sampling | None = None, thinking: bool = False) -> str:
+    """The model's answer to one row. Raises RowFault for a row that cannot be asked."""
+    renderer = renderer_of(bundle, thinking=thinking)
+    ((_, text),) = answers(bundle, renderer, [row], sampling=sampling or Sampling(), batch_size=1)
+    return text
+
+
+def answers(
+    bundle: Bundle, renderer: Renderer, rows: list[Row], *, sampling: Sampling, batch_size: int
+) -> Iterator[tuple[int, str]]:
+    """(number of the row, the model's answer without its end token), batch by batch of similar length.
+
+    The order is that of the batches, not of the rows. Raises RowFault for a row that cannot be asked, ModelError where
+    an image does not reach the vision experts.
+    """
+    prompts = [vars(renderer.prompt(row)) | {"rows": [0, number]} for number, row in enumerate(rows)]
+    prompts.sort(key=lambda prompt: len(prompt["input_ids"]))
+    collate = Collator(bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor, left=True)
+    for start in range(0, len(prompts), batch_size):
+        chosen = prompts[start : start + batch_size]
+        for prompt, ids in zip(chosen, _generate(bundle, renderer, collate(chosen), sampling), strict=True):
+            yield prompt["rows"][1], _decode(ids, renderer)
+
+
+def _generate(bundle: Bundle, renderer: Renderer, batch: dict[str, Any], sampling: Sampling) -> list[list[int]]:
+    import torch
+
+    model = bundle.model
+    device = next(model.parameters()).device
+    vision_tokens = int(batch["vision_tokens"])
+    keep = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+    inputs = {key: batch[key].to(device) for key in keep if key in batch}
+    forbidden = {}
+    if bundle.modality is not None:
+        # `generate` places images (3-D rope) before the backbone is called, so it has to be told here
+        inputs["mm_token_type_ids"] = mm_token_type_ids(inputs["input_ids"], bundle.modality)
+        # a sampled placeholder would ask the next forward for an image that is not there
+        forbidden["suppress_tokens"] = sorted(bundle.modality.ids)
+    model.eval()
+    with torch.no_grad(), count_routed_tokens(model) as seen:
+        output = model.generate(
+            **inputs,
+            **sampling.as_kwargs(),
+            **forbidden,
+            eos_token_id=renderer.stop_ids,
+            pad_token_id=bundle.tokenizer.pad_token_id,
+        )
+    check_routing(seen, vision_tokens=vision_tokens)
+    return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def _decode(ids: list[int], renderer: Renderer) -> str:
+    stops = set(renderer.stop_ids)
+    length = next((position for position, token in enumerate(ids) if token in stops), len(ids))
+    return renderer.tokenizer.decode(ids[:length])

@@ -1,0 +1,151 @@
+"""A checkpoint and rows with known answers -> a report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ernie_align.data.row import Row, RowFault
+from ernie_align.data.sources import Source, canonical_rows
+from ernie_align.errors import DataError
+from ernie_align.evaluation.generate import Sampling, answers, renderer_of
+from ernie_align.evaluation.metrics import exact_match, wilson_interval
+from ernie_align.models.load import load_model
+from ernie_align.recipe import DataBlock, SourceBlock
+
+_THINKING_ENDS = "</think>"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Exact match of one kind of question in one file. interval: 95 %, by Wilson's score."""
+
+    data: str
+    kind: str
+    n: int
+    correct: int
+    exact_match: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured of one checkpoint. rows: each with its question's place, expected and given answer."""
+
+    checkpoint: str
+    figures: tuple[Figure, ...]
+    rows: tuple[dict[str, Any], ...]
+    settings: dict[str, Any]
+    seconds: float
+
+
+def write_reports(path: str | Path, reports: Iterable[Report]) -> None:
+    """As JSON, `{"reports": [...]}`, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    content = {"reports": [asdict(report) for report in reports]}
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def evaluate(
+    checkpoint: str | Path,
+    data: str | Path | Iterable[str | Path],
+    *,
+    out: str | Path | None = None,
+    batch_size: int = 64,
+    max_new_tokens: int = 256,
+    thinking: bool = False,
+    media_root: str | None = None,
+    format: str = "auto",
+    limit: int | None = None,
+    dtype: str = "auto",
+    tick: Callable[[int], None] = lambda rows: None,
+) -> Report:
+    """Ask a checkpoint (a model, an adapter, or a checkpoint of a run) every question of some files, greedily.
+
+    The expected answer is the row's `answer` column, else its last assistant turn; a row's `kind` groups the figures.
+    out: write the report there as JSON too; thinking: of the chat template, unless a row says otherwise (what follows
+    `</think>` is then the answer); limit: rows of each file; tick: told the number of rows done so far.
+    Raises DataError for rows without a known answer, ModelError where the checkpoint does not load or route.
+    """
+    start = time.monotonic()
+    files = [str(data)] if isinstance(data, (str, Path)) else [str(file) for file in data]
+    questions = [question for file in files for question in _questions(file, media_root, format, limit)]
+    bundle = load_model(str(checkpoint), dtype=dtype)
+    _to_accelerator(bundle.model)
+    renderer = renderer_of(bundle, thinking=thinking)
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    results: list[dict[str, Any] | None] = [None] * len(questions)
+    rows = [question.row for question in questions]
+    try:
+        for done, (number, text) in enumerate(
+            answers(bundle, renderer, rows, sampling=sampling, batch_size=batch_size), start=1
+        ):
+            results[number] = questions[number].result(text)
+            tick(done)
+    except RowFault as fault:
+        raise DataError.at(", ".join(files), fault.what, fix=fault.fix) from None
+    settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "thinking": thinking, "greedy": True}
+    report = Report(str(checkpoint), _figures(results), tuple(results), settings, round(time.monotonic() - start, 3))
+    if out is not None:
+        write_reports(out, [report])
+    return report
+
+
+@dataclass(frozen=True)
+class _Question:
+    file: str
+    place: str
+    row: Row
+    expected: str
+    kind: str
+
+    def result(self, text: str) -> dict[str, Any]:
+        answer = text.rpartition(_THINKING_ENDS)[2]
+        return {
+            "data": self.file,
+            "row": self.place,
+            "kind": self.kind,
+            "expected": self.expected,
+            "answer": text,
+            "correct": exact_match(answer, self.expected),
+        }
+
+
+def _questions(file: str, media_root: str | None, format: str, limit: int | None) -> Iterable[_Question]:
+    block = SourceBlock(path=file, limit=limit)
+    source = Source(block, DataBlock(train=[block], format=format, media_root=media_root))
+    for number, row in enumerate(canonical_rows(source)):
+        last = row.messages[-1] if row.messages else {}
+        expected = row.columns.get("answer") or (last.get("content") if last.get("role") == "assistant" else None)
+        if row.plain is not None:
+            expected = expected or row.plain[1]
+        if expected is None:
+            fix = "give the row an answer column, or an assistant turn at its end"
+            raise DataError.at(source.row_name(number), "no answer is known", fix=fix)
+        place = f"{file} row {number}"
+        yield _Question(file, place, row, str(expected), str(row.columns.get("kind", "all")))
+
+
+def _figures(results: list[dict[str, Any]]) -> tuple[Figure, ...]:
+    groups: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    for result in results:
+        groups[result["data"], result["kind"]].append(result["correct"])
+    return tuple(
+        Figure(file, kind, len(right), sum(right), sum(right) / len(right), wilson_interval(sum(right), len(right)))
+        for (file, kind), right in sorted(groups.items())
+    )
+
+
+def _to_accelerator(model: Any) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        model.to("cuda")

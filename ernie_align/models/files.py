@@ -1,0 +1,121 @@
+"""The small files of a checkpoint (config, tokenizer, processor), read from a folder or the hub without torch."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ernie_align.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+# What makes a folder of weights loadable by itself: copied as they are, never rewritten.
+PROCESSOR_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "*.ttf",
+)
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """Where a checkpoint's files are. name: as the user wrote it; revision: of the hub; where: for errors."""
+
+    name: str
+    revision: str | None = None
+    where: str = ""
+
+    @property
+    def is_folder(self) -> bool:
+        """A folder here, or something that can only be meant as one."""
+        path = Path(self.name)
+        looks_local = not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.name) or self.name.startswith(".")
+        return path.exists() or looks_local or ("/" in self.name and Path(path.parts[0]).is_dir())
+
+    def read_json(self, file: str, *, required: bool = True) -> dict[str, Any] | None:
+        """A JSON file of the checkpoint. Raises ModelError where it is missing (if required) or no JSON."""
+        path = self._fetch(file)
+        if path is None:
+            if not required:
+                return None
+            raise self._missing(file)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError.at(str(path), f"not JSON: {error}", fix="restore the file") from None
+        if not isinstance(values, dict):
+            raise ModelError.at(str(path), "not a JSON object", fix="restore the file")
+        return values
+
+    def has(self, file: str) -> bool:
+        """Whether the checkpoint holds this file."""
+        return self._fetch(file) is not None
+
+    def tokenizer(self) -> TokenizersBackend:
+        """The tokenizer with its chat template. Raises ModelError where either is missing."""
+        from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+        # The class that transformers itself settles on for this family, whatever tokenizer_config.json names.
+        try:
+            tokenizer = TokenizersBackend.from_pretrained(self.name, revision=self.revision)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError.at(self.where or self.name, f"no tokenizer could be loaded: {reason}") from error
+        if tokenizer.chat_template is None:
+            legacy = self.read_json("chat_template.json", required=False) or {}
+            tokenizer.chat_template = legacy.get("chat_template")
+        if tokenizer.chat_template is None:
+            fix = "put its chat_template.jinja into the folder; base models need one before they can be aligned to chat"
+            raise ModelError.at(self.where or self.name, "the checkpoint has no chat template", fix=fix)
+        return tokenizer
+
+    def copy_processor(self, folder: str | Path) -> None:
+        """Copy the tokenizer's, template's and processor's files into `folder`, byte for byte."""
+        source = Path(self.name) if self.is_folder else self._snapshot()
+        for path in source.iterdir():
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in PROCESSOR_FILES):
+                shutil.copyfile(path, Path(folder) / path.name)
+
+    def _fetch(self, file: str) -> Path | None:
+        if self.is_folder:
+            path = Path(self.name) / file
+            return path if path.is_file() else None
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(self.name, file, revision=self.revision))
+        except EntryNotFoundError:
+            return None
+        except Exception as error:
+            raise self._unreachable(error) from error
+
+    def _snapshot(self) -> Path:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(self.name, revision=self.revision, allow_patterns=list(PROCESSOR_FILES)))
+
+    def _missing(self, file: str) -> ModelError:
+        where, path = self.where or self.name, Path(self.name)
+        if self.is_folder and not path.is_dir():
+            return ModelError.at(where, f"no such folder: {self.name}", fix="name a checkpoint's folder or a hub id")
+        return ModelError.at(where, f"{self.name} holds no {file}", fix="name the folder of a whole checkpoint")
+
+    def _unreachable(self, error: Exception) -> ModelError:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        what = f"{self.name} is no folder here and could not be read from the hub: {reason}"
+        return ModelError.at(self.where or self.name, what, fix="check the name, the revision and the network")

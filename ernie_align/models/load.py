@@ -1,0 +1,136 @@
+"""A model block -> a bundle of model, processor and anatomy, routed right and proved complete."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ernie_align.errors import Fault, ModelError
+from ernie_align.models.anatomy import Anatomy
+from ernie_align.models.files import CheckpointFiles
+from ernie_align.models.modality import ModalityTokens, route_by_input_ids
+from ernie_align.models.pixels import ImageSizes, load_image_processor
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+
+@dataclass
+class Bundle:
+    """A loaded model with everything that belongs to it.
+
+    model: the transformers model, or a PeftModel around it once an adapter is on; files: where it came from;
+    modality, image_sizes, image_processor: None for a text model; processor: the tokenizer of a text model.
+    """
+
+    model: PreTrainedModel | Any
+    anatomy: Anatomy
+    files: CheckpointFiles
+    tokenizer: TokenizersBackend
+    processor: ProcessorMixin | TokenizersBackend
+    modality: ModalityTokens | None = None
+    image_sizes: ImageSizes | None = None
+    image_processor: Any = None
+
+    def save_processor(self, folder: str) -> None:
+        """Tokenizer, chat template and processor files, byte for byte as they came."""
+        self.files.copy_processor(folder)
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "bfloat16",
+    revision: str | None = None,
+    attention: str = "sdpa",
+    where: str = "",
+    weights: str | None = None,
+) -> Bundle:
+    """Load a checkpoint of one of the three families, or an adapter and the base it names.
+
+    name: folder or hub id; dtype: of the weights, `auto` for the checkpoint's own
+    (routers and correction biases stay float32); where: what an error
+    about the name should point at; weights: a folder to take the weights from instead (a checkpoint of a run), the
+    rest coming from `name`.
+    Raises ModelError for other models, missing weights, and anything that differs from the family's anatomy.
+    """
+    files = CheckpointFiles(name, revision, where)
+    if files.has("adapter_config.json"):
+        return _load_adapter(files, dtype=dtype, attention=attention)
+    config = files.read_json("config.json")
+    anatomy = Anatomy.from_config(config, where=where or f"{name}/config.json")
+    tokenizer = files.tokenizer()
+    model = _load_weights(weights or name, None if weights else revision, anatomy, dtype, attention)
+    bundle = Bundle(model, anatomy, files, tokenizer, processor=tokenizer)
+    if anatomy.has_vision:
+        from ernie_align.models.processor import make_processor
+
+        bundle.modality = ModalityTokens.from_config(config)
+        bundle.image_sizes = ImageSizes.from_config(files.read_json("preprocessor_config.json", required=False) or {})
+        bundle.image_processor = load_image_processor(name, revision)
+        bundle.processor = make_processor(name, revision, bundle.image_processor, tokenizer)
+        route_by_input_ids(model.model)
+    return bundle
+
+
+def _load_weights(name: str, revision: str | None, anatomy: Anatomy, dtype: str, attention: str) -> PreTrainedModel:
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+
+    cls = {
+        "dense": transformers.Ernie4_5ForCausalLM,
+        "moe": transformers.Ernie4_5_MoeForCausalLM,
+        "vl_moe": transformers.Ernie4_5_VLMoeForConditionalGeneration,
+    }[anatomy.family]
+    try:
+        model, info = cls.from_pretrained(
+            name,
+            revision=revision or "main",
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=attention,
+            use_safetensors=True,  # never a pickle
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError.at(name, f"the weights could not be loaded: {reason}") from error
+    # transformers fills what it does not find with random numbers and goes on
+    lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lost:
+        what = f"{len(lost)} weights are missing or of another shape, {lost[0]} among them"
+        raise ModelError.at(name, what, fix="name a whole checkpoint of this model")
+    _prove(model, anatomy, name)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("e_score_correction_bias"):
+            parameter.requires_grad_(False)  # True after from_pretrained, False when built: no gradient belongs here
+    return model
+
+
+def _prove(model: nn.Module, anatomy: Anatomy, name: str) -> None:
+    """The table of parts is the model, name by name and shape by shape: all scopes rest on it."""
+    real = {parameter_name: tuple(parameter.shape) for parameter_name, parameter in model.named_parameters()}
+    told = {tensor.name: tensor.shape for tensor in anatomy.tensors}
+    odd = [key for key in {**told, **real} if told.get(key) != real.get(key)]
+    if odd:
+        lines = [f"{key}: {told.get(key, 'absent')} expected, {real.get(key, 'absent')} found" for key in odd]
+        fix = "this version of transformers builds the family differently: install the one in constraints.txt"
+        raise ModelError(*(Fault(name, line, fix=fix) for line in lines[:5]))
+
+
+def _load_adapter(files: CheckpointFiles, *, dtype: str, attention: str) -> Bundle:
+    from peft import PeftModel
+
+    config = files.read_json("adapter_config.json")
+    base = config.get("base_model_name_or_path")
+    base_files = CheckpointFiles(base or "", config.get("revision"))
+    if not base or (base_files.is_folder and not base_files.has("config.json")):
+        fix = (
+            "run from the folder that this path is relative to, or mend base_model_name_or_path in adapter_config.json"
+        )
+        raise ModelError.at(files.where or files.name, f"the adapter's base {base!r} is not here", fix=fix)
+    bundle = load_model(base, dtype=dtype, revision=config.get("revision"), attention=attention, where=files.where)
+    bundle.model = PeftModel.from_pretrained(bundle.model, files.name, revision=files.revision or "main")
+    return bundle

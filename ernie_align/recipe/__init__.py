@@ -1,0 +1,35 @@
+"""What a user asked for: strict, frozen recipes, judged whole before anything heavy. Imports no torch."""
+
+from ernie_align.recipe.load import differences, load_recipe, to_yaml
+from ernie_align.recipe.schema import (
+    ADAPTABLE,
+    PARTS,
+    AdapterBlock,
+    Block,
+    DataBlock,
+    ModelBlock,
+    PartAdapter,
+    PartTune,
+    Recipe,
+    RunBlock,
+    SourceBlock,
+    TuneBlock,
+)
+
+__all__ = [
+    "ADAPTABLE",
+    "PARTS",
+    "AdapterBlock",
+    "Block",
+    "DataBlock",
+    "ModelBlock",
+    "PartAdapter",
+    "PartTune",
+    "Recipe",
+    "RunBlock",
+    "SourceBlock",
+    "TuneBlock",
+    "differences",
+    "load_recipe",
+    "to_yaml",
+]

@@ -1,0 +1,165 @@
+"""A YAML file as plain values, with the place of every key and value in it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from ernie_align.errors import Fault, RecipeError
+
+Path = tuple[str | int, ...]
+COMMAND_LINE = "command line"
+
+# The scalars of YAML 1.2's core schema. PyYAML speaks 1.1, where 1e-4 is text, `no` is false and 010 is eight:
+# three ways to train something else than what was written.
+_SCALARS = (
+    (re.compile(r"~|null|Null|NULL|"), lambda text: None),
+    (re.compile(r"true|True|TRUE|false|False|FALSE"), lambda text: text.lower() == "true"),
+    (re.compile(r"[-+]?[0-9]+"), int),
+    (re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+"), lambda text: int(text, 0)),
+    (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
+    (re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"), lambda text: float(text.replace(".", ""))),
+)
+
+
+def scalar(text: str) -> Any:
+    """The value that unquoted `text` has in YAML 1.2."""
+    for pattern, convert in _SCALARS:
+        if pattern.fullmatch(text):
+            return convert(text)
+    return text
+
+
+@dataclass
+class Document:
+    """Plain values and, for each path, where its key and its value stand (`file:line:column`)."""
+
+    name: str
+    values: Any = None
+    text: str = ""
+    keys: dict[Path, str] = field(default_factory=dict)
+    places: dict[Path, str] = field(default_factory=dict)
+
+    def place(self, path: Path, *, of_key: bool = False) -> str:
+        """Of the value (or the key) at `path`, or of the nearest thing around it that the file holds."""
+        for end in range(len(path), -1, -1):
+            here = path[:end]
+            found = (self.keys if of_key else self.places).get(here) or self.places.get(here)
+            if found:
+                return found
+        return self.name
+
+    def address(self, path: Path, *, of_key: bool = False) -> str:
+        """`file:line:column  dotted.key`, or `command line: dotted.key`: what an error begins with."""
+        place = self.place(path, of_key=of_key)
+        return f"{place}: {dotted(path)}" if place == COMMAND_LINE else f"{place}  {dotted(path)}".rstrip()
+
+
+def parse_document(text: str, name: str) -> Document:
+    """YAML text -> Document. Tags, merges and repeated keys are refused: a recipe is plain data.
+
+    Raises RecipeError with every such fault.
+    """
+    document = Document(name, text=text)
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        raise RecipeError.at(where, f"not YAML: {error.problem or error.context}", fix="mend the YAML") from None
+    except yaml.YAMLError as error:
+        raise RecipeError.at(name, f"not YAML: {error}", fix="mend the YAML") from None
+    faults: list[Fault] = []
+    document.values = {} if root is None else _walk(root, (), document, faults)
+    if faults:
+        raise RecipeError(*faults)
+    return document
+
+
+def _walk(node: yaml.Node, path: Path, document: Document, faults: list[Fault]) -> Any:
+    place = f"{document.name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+    document.places[path] = place
+    if isinstance(node, yaml.MappingNode):
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            at = f"{document.name}:{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}"
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is None:
+                faults.append(Fault(at, "a key must be plain text"))
+                continue
+            if key in mapping:
+                faults.append(
+                    Fault(f"{at}  {dotted((*path, key))}", "this key stands twice", fix="keep one of the two")
+                )
+                continue
+            document.keys[(*path, key)] = at
+            mapping[key] = _walk(value_node, (*path, key), document, faults)
+        return mapping
+    if isinstance(node, yaml.SequenceNode):
+        return [_walk(child, (*path, index), document, faults) for index, child in enumerate(node.value)]
+    written_tag = document.text[node.start_mark.index :].startswith("!")
+    if written_tag:
+        faults.append(Fault(f"{place}  {dotted(path)}", f"tag {node.tag}", fix="a recipe is plain data: drop the tag"))
+        return None
+    return scalar(node.value) if node.style is None else node.value
+
+
+def dotted(path: Path) -> str:
+    """("data", "train", 0, "path") -> "data.train[0].path"."""
+    text = ""
+    for step in path:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
+    return text
+
+
+def apply_overrides(document: Document, overrides: list[str]) -> None:
+    """`key=value` pairs onto the document, in order; each is reported as `command line`. Raises RecipeError."""
+    faults = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            faults.append(Fault(COMMAND_LINE, f"{override!r} is no override", fix="write key=value"))
+            continue
+        try:
+            value = parse_document(text, f"{COMMAND_LINE}: {key}")
+        except RecipeError as error:
+            faults.extend(error.faults)
+            continue
+        if text.strip() == "":
+            value.values = None
+        path = tuple(int(step) if step.isdigit() else step for step in re.sub(r"\[(\d+)\]", r".\1", key).split("."))
+        fault = _put(document, path, value)
+        if fault:
+            faults.append(fault)
+    if faults:
+        raise RecipeError(*faults)
+
+
+def _put(document: Document, path: Path, value: Document) -> Fault | None:
+    where = f"{COMMAND_LINE}: {dotted(path)}"
+    target = document.values
+    for depth, step in enumerate(path[:-1]):
+        if isinstance(target, list) and isinstance(step, int) and step < len(target):
+            target = target[step]
+        elif isinstance(target, dict):
+            if target.get(step) is None:
+                target[step] = {}
+                document.keys[path[: depth + 1]] = document.places[path[: depth + 1]] = COMMAND_LINE
+            target = target[step]
+        else:
+            return Fault(where, f"{dotted(path[: depth + 1])} is not in the recipe")
+    last = path[-1]
+    if isinstance(target, list) and not (isinstance(last, int) and last < len(target)):
+        return Fault(where, f"{dotted(path[:-1])} has {len(target)} entries, counted from 0")
+    if not isinstance(target, (dict, list)):
+        return Fault(where, f"{dotted(path[:-1])} holds no keys")
+    target[last] = value.values
+    for known in (document.places, document.keys):
+        for old in [old for old in known if old[: len(path)] == path]:
+            del known[old]
+    document.places.update({(*path, *below): COMMAND_LINE for below in value.places})
+    document.keys.update({(*path, *below): COMMAND_LINE for below in ((), *value.keys)})
+    return None

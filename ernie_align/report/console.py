@@ -1,0 +1,126 @@
+"""A run on the terminal: lines, tables, one example in colour, and a progress bar."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from ernie_align.data.load import SourceCount
+from ernie_align.data.preview import Stretch
+from ernie_align.models.scopes import Coverage
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from ernie_align.models.certificate import TextLogits
+
+
+_WIDTH_OF_FILES = 140
+
+
+class Terminal:
+    """Tells the user what a run does. Only the first process of several speaks."""
+
+    def __init__(self, console: Console | None = None, *, speaks: bool = True):
+        # a file or a pipe has no width of its own: 80 columns would cut the tables
+        width = None if sys.stdout.isatty() else _WIDTH_OF_FILES
+        self.console = console or Console(highlight=False, soft_wrap=True, quiet=not speaks, width=width)
+
+    def say(self, line: str) -> None:
+        """One line."""
+        self.console.print(escape(line))
+
+    def coverage(self, table: Coverage) -> None:
+        """Part, parameters, trainable, tensors."""
+        rows = Table("part", title="what is trained", title_justify="left")
+        for name in ("parameters", "trainable", "tensors"):
+            rows.add_column(name, justify="right")
+        for row in table.rows:
+            style = "bold green" if row.trained_tensors else "dim"
+            tensors = f"{row.trained_tensors} of {row.tensors}"
+            rows.add_row(
+                row.part, f"{row.parameters:,}", f"{row.trainable:,}" if row.trainable else "-", tensors, style=style
+            )
+        share = 100 * table.trainable / table.parameters
+        rows.add_section()
+        rows.add_row("all", f"{table.parameters:,}", f"{table.trainable:,}", f"{share:.2f} %")
+        self.console.print(rows)
+
+    def sources(self, counts: list[SourceCount]) -> None:
+        """What became of the rows of each source."""
+        rows = Table("source", "format", title="rows", title_justify="left")
+        for name in ("rows", "kept", "examples", "tokens", "trained", "vision", "images"):
+            rows.add_column(name, justify="right")
+        for count in counts:
+            if not count.rows:  # a stream is counted as it is read
+                rows.add_row(escape(count.name), count.format, "stream")
+                continue
+            numbers = (count.rows, count.kept, count.examples, count.tokens, count.trained)
+            rows.add_row(
+                escape(count.name), count.format, *(f"{n:,}" for n in (*numbers, count.vision_tokens, count.images))
+            )
+        self.console.print(rows)
+        for count in counts:
+            for reason, number in count.dropped.items():
+                self.say(f"{count.name}: {number} rows dropped: {reason}")
+            if count.examples > count.kept:
+                what = f"{count.kept} rows give {count.examples} examples"
+                self.say(
+                    f"{count.name}: {what}: the template renders history unlike the turn it was, so turns stand apart"
+                )
+
+    def preview(self, stretches: list[Stretch]) -> None:
+        """The first example: what is trained in green, what goes to the vision pool in magenta."""
+        text = Text()
+        for stretch in stretches:
+            style = "bold green" if stretch.trained else "magenta" if stretch.vision else "dim"
+            shown = stretch.text.replace("\n", "⏎\n")
+            text.append(shown + (f"x{stretch.repeat}" if stretch.repeat > 1 else ""), style=style)
+        legend = Text.assemble(
+            "one example: ", ("trained", "bold green"), ", ", ("vision pool", "magenta"), ", ", ("context", "dim")
+        )
+        self.console.print(legend)
+        self.console.print(text)
+
+    def progress(self) -> list[TrainerCallback]:
+        """A bar with steps, loss and accuracy."""
+        from ernie_align.report.progress import ProgressBar
+
+        return [ProgressBar(self.console)]
+
+    @contextmanager
+    def counting(self, what: str) -> Iterator[Callable[[int], None]]:
+        """A line that counts rows while something is measured."""
+        with self.console.status(f"{escape(what)}: loading") as status:
+            yield lambda rows: status.update(f"{escape(what)}: {rows} rows")
+
+    def certificate(self, probe: TextLogits, unchanged: bool) -> None:
+        """Whether text is answered as before, bit for bit."""
+        what = f"{probe.rows} text sequences, {probe.tokens} tokens, {probe.vocabulary} logits each"
+        verdict = (
+            "bit-identical before and after" if unchanged else "CHANGED, though nothing was trained that text touches"
+        )
+        self.console.print(f"text-only logits ({what}): {verdict}", style="bold green" if unchanged else "bold red")
+
+
+def hush() -> None:
+    """Keep the libraries' own progress bars and advice off the terminal; errors still come through."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")

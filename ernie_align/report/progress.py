@@ -1,0 +1,52 @@
+"""Trainer's steps as a rich progress bar."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+_SHOWN = {"loss": "loss", "mean_token_accuracy": "accuracy", "eval_loss": "eval loss"}
+
+
+class ProgressBar(TrainerCallback):
+    """Steps done, time left, and the latest loss and token accuracy."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.progress: Progress | None = None
+        self.values: dict[str, float] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[values]}"),
+            console=self.console,
+        )
+        self.task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step, values="")
+        self.progress.start()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        self.values.update({_SHOWN[key]: value for key, value in (logs or {}).items() if key in _SHOWN})
+        values = "  ".join(f"{name} {value:.4f}" for name, value in self.values.items())
+        if self.progress is not None:
+            self.progress.update(self.task, values=values)
+        elif "eval_loss" in (logs or {}):
+            self.console.print(
+                f"evaluated: loss {logs['eval_loss']:.4f}, accuracy {logs['eval_mean_token_accuracy']:.4f}"
+            )
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

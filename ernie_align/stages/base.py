@@ -1,0 +1,111 @@
+"""What a stage is, and how a recipe's `training:` reaches TRL's own config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ernie_align.errors import RecipeError
+from ernie_align.recipe import Recipe
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import Trainer, TrainerCallback
+
+    from ernie_align.data.load import Encoder
+    from ernie_align.data.render import Renderer
+    from ernie_align.models.anatomy import Anatomy, Tensor
+    from ernie_align.models.load import Bundle
+    from ernie_align.models.scopes import Target
+
+# TRL keys that a recipe sets elsewhere, or that would break what this toolkit promises, and where to go instead.
+OWNED_BY_EVERY_STAGE: Mapping[str, str] = {
+    "output_dir": "set run.dir",
+    "seed": "set run.seed",
+    "data_seed": "set run.seed: it orders the data too",
+    "model_init_kwargs": "set model.dtype, model.revision or model.attention",
+    "trust_remote_code": "drop it: no remote code is ever run",
+    "router_aux_loss_coef": "drop it: upstream pools text and vision experts in this loss, so it is kept off",
+    "max_length": "set data.max_length",
+    "truncation_mode": "set data.overlong",
+    "eos_token": "drop it: the checkpoint's chat template ends the turns",
+    "pad_token": "drop it: the checkpoint's tokenizer pads",
+    "chat_template_path": "drop it: the checkpoint's own chat template is used",
+    "remove_unused_columns": "drop it: the collator needs every column",
+    "dataset_kwargs": "drop it: rows are prepared before TRL sees them",
+    "dataset_text_field": "set data.format",
+    "resume_from_checkpoint": "run with --resume",
+    "disable_tqdm": "drop it: progress is shown by this toolkit",
+    "do_train": "drop it: the stage says what is done",
+    "do_eval": "name rows under data.eval",
+    "do_predict": "run ernie-align eval",
+    "use_cache": "drop it: training never uses a cache",
+    "logging_nan_inf_filter": "drop it: a run stops at a loss or gradient that is not finite",
+    "hub_model_id": "drop it: push the finished folder, so that nothing half-done is ever published",
+    "push_to_hub": "drop it: push the finished folder, so that nothing half-done is ever published",
+}
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What a trainer reads. row_name: (source, row) -> the name of the row behind an example."""
+
+    train: Dataset | IterableDataset
+    eval: Dataset | IterableDataset | None
+    row_name: Callable[[int, int], str]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One way to align a model.
+
+    recipe: its recipe class;
+    scope: (recipe, anatomy) -> what it trains, from names and shapes alone; raises ModelError where nothing matches;
+    wrap: (recipe, bundle) -> the same, done to the loaded model;
+    encode: (recipe, renderer) -> the way from a canonical row to examples;
+    build_trainer: (recipe, bundle, batches, output folder, callbacks) -> a TRL trainer, ready to train.
+    """
+
+    name: str
+    help: str
+    recipe: type[Recipe]
+    scope: Callable[[Any, Anatomy], list[Target] | list[Tensor]]
+    wrap: Callable[[Any, Bundle], list[Target] | list[Tensor]]
+    encode: Callable[[Any, Renderer], Encoder]
+    build_trainer: Callable[[Any, Bundle, Batches, str, list[TrainerCallback]], Trainer]
+
+
+def trl_config(cls: type, recipe: Recipe, *, output_dir: str, **owned: Any) -> Any:
+    """TRL's config from the recipe's `training:` keys plus what the recipe says elsewhere.
+
+    save_total_limit is kept back: older checkpoints go once the new one is known to be whole (runs.keep).
+    Raises RecipeError where TRL or transformers refuses a value.
+    """
+    try:
+        return cls(
+            **{**inherited_defaults(recipe), **recipe.training, "save_total_limit": None},
+            output_dir=output_dir,
+            seed=recipe.run.seed,
+            data_seed=recipe.run.seed,
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            logging_nan_inf_filter=False,
+            **owned,
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        message = str(error).splitlines()[0]
+        raise RecipeError.at(recipe.where("training"), f"{cls.__name__} refuses it: {message}") from error
+
+
+def inherited_defaults(recipe: Recipe) -> dict[str, Any]:
+    """Defaults that differ from TRL's because the recipe already says more. They are shown when a run starts."""
+    defaults: dict[str, Any] = {
+        # TRL's default is bf16 autocast for every model; weights asked for in float32 are computed in float32
+        "bf16": recipe.model.dtype == "bfloat16",
+        "fp16": recipe.model.dtype == "float16",
+        "report_to": ["tensorboard"],
+    }
+    if recipe.data.eval and "eval_steps" in recipe.training:
+        defaults["eval_strategy"] = "steps"
+    return {key: value for key, value in defaults.items() if key not in recipe.training}

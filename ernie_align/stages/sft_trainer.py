@@ -1,0 +1,64 @@
+"""TRL's SFTTrainer, watched, and with losses that are weighted by tokens everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from trl import SFTTrainer
+
+from ernie_align.data.render import IGNORED
+from ernie_align.stages.watch import Watch
+
+
+class SupervisedTrainer(SFTTrainer):
+    """SFTTrainer over encoded rows.
+
+    row_name: (source, row) -> the row's name. Other arguments are TRL's.
+    """
+
+    def __init__(self, *args: Any, row_name: Callable[[int, int], str], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.watch = Watch(self.model, row_name)
+        # The VL class says accepts_loss_kwargs=False, which would average the means of micro-batches: with it, four
+        # micro-batches of one row weigh their tokens unlike one batch of four rows.
+        self.model_accepts_loss_kwargs = True
+        self._eval_sums = torch.zeros(3, dtype=torch.float64)  # loss, right tokens, tokens
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent: a run reaches only the hub ids that its recipe names."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss of a batch, with the routing and the number watched."""
+        rows, vision_tokens = self.watch.take(inputs)
+        with self.watch.forward(rows, vision_tokens, inputs["input_ids"].numel()):
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        self.watch.finite(loss.detach(), "loss", self.state.global_step + 1)
+        if not self.model.training:
+            self._count_evaluated(loss.detach(), inputs["labels"])
+            self.watch.step_done()
+        return result
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm that Trainer is about to log: the last moment before the optimizer would spoil the weights."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.watch.finite(norm, "gradient", self.state.global_step + 1)
+        self.watch.step_done()
+        return norm
+
+    def _count_evaluated(self, loss: torch.Tensor, labels: torch.Tensor) -> None:
+        tokens = (labels[:, 1:] != IGNORED).sum().item()
+        accuracy = self._metrics["eval"]["mean_token_accuracy"][-1]
+        self._eval_sums += torch.tensor([loss.item() * tokens, accuracy * tokens, tokens], dtype=torch.float64)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's log. Of an evaluation, loss and accuracy are means over tokens, not means over batches of means."""
+        if "eval_loss" in logs:
+            sums = self.accelerator.reduce(self._eval_sums.float().to(self.accelerator.device), reduction="sum")
+            loss, right, tokens = sums.tolist()
+            logs["eval_loss"] = loss / tokens
+            self._metrics["eval"]["mean_token_accuracy"] = [right / tokens]
+            self._eval_sums.zero_()
+        super().log(logs, start_time)

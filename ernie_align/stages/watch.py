@@ -1,0 +1,67 @@
+"""What every trainer watches while it trains: that images reach the vision pool, and that numbers stay finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ernie_align.errors import RunError
+from ernie_align.models.routing import check_routing, count_routed_tokens
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_SHOWN_ROWS = 16
+
+
+class Watch:
+    """Composed into a trainer, which tells it about each batch.
+
+    row_name: (source, row) -> the row's name, for errors.
+    """
+
+    def __init__(self, model: nn.Module, row_name: Callable[[int, int], str]):
+        self.model = model
+        self.row_name = row_name
+        self.rows: list[tuple[int, int]] = []  # of the step so far
+
+    def take(self, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, int]:
+        """Take what is not the model's out of a batch: the names of its rows, and its number of vision tokens."""
+        rows, vision_tokens = inputs.pop("rows", None), inputs.pop("vision_tokens", None)
+        return rows, 0 if vision_tokens is None else int(vision_tokens)
+
+    @contextmanager
+    def forward(self, rows: torch.Tensor | None, vision_tokens: int, tokens: int) -> Iterator[None]:
+        """Around the forward of a batch: every vision token in the data must reach the vision pool.
+
+        It costs one hook call per pool and layer, which reads a shape, so it watches every batch and not the first.
+        Raises ModelError where a token went astray.
+        """
+        if rows is not None:
+            self.rows += [tuple(row) for row in rows.tolist()]
+        with count_routed_tokens(self.model) as seen:
+            yield
+        check_routing(seen, vision_tokens=vision_tokens, tokens=tokens)
+
+    def finite(self, value: torch.Tensor | float, what: str, step: int) -> None:
+        """Stop the run at a loss or gradient norm that is no number. Raises RunError naming the step and its rows."""
+        import math
+
+        number = float(value)
+        if math.isfinite(number):
+            return
+        names = [self.row_name(*row) for row in self.rows[:_SHOWN_ROWS]]
+        more = len(self.rows) - len(names)
+        rows = "\n    ".join(names + ([f"and {more} more rows"] if more > 0 else []))
+        raise RunError.at(
+            f"step {step}",
+            f"the {what} is {number}",
+            why=f"the rows of this step:\n    {rows}",
+            fix="the checkpoints before it are untouched: lower learning_rate or mend the rows, then --resume",
+        )
+
+    def step_done(self) -> None:
+        """Forget the rows of the step."""
+        self.rows.clear()

@@ -1,0 +1,102 @@
+"""The handwritten-digits task: real images that ship with scikit-learn, as PNG files and JSONL rows."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from ernie_align.errors import DataError
+from ernie_align.tiny.tokenizer import NUMBERS
+
+NAME_QUESTION = "Which digit is this?"
+COMPARE_QUESTION = "Which image shows the larger digit, the first or the second?"
+PARITY_QUESTION = "Is this digit odd or even?"
+
+SIDE = 56  # pixels: the smallest image the model's processor leaves as it is
+SPLITS = {"train": 1347, "val": 90, "test": 360}  # of 1797 images
+
+
+def make_digits(folder: str | Path, *, seed: int = 0) -> Path:
+    """Write the task into `folder`. Returns it.
+
+    train/val/test.jsonl mix naming one digit, telling which of two images shows the larger one, and sums in words
+    without an image; parity_*.jsonl asks odd or even; inverted_*.jsonl asks for names of light-on-dark digits turned
+    dark-on-light. The same images are in the same split everywhere. Sums are drawn from the same hundred in all splits.
+    Raises DataError if scikit-learn is missing or the folder holds something already.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        fix = "pip install 'ernie-align[demo]'"
+        raise DataError.at(
+            "tiny digits", "the images ship with scikit-learn, which is not installed", fix=fix
+        ) from None
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise DataError.at(str(folder), "holds something already", fix="name a new folder, or remove this one")
+    digits = load_digits()
+    (folder / "images").mkdir(parents=True)
+    for number, pixels in enumerate(digits.images):
+        _save_image(pixels / 16.0, folder / _image(number))
+        _save_image(1.0 - pixels / 16.0, folder / _image(number, inverted=True))
+
+    draw = random.Random(seed)
+    order = list(range(len(digits.target)))
+    draw.shuffle(order)
+    labels = [int(label) for label in digits.target]
+    start = 0
+    for split, size in SPLITS.items():
+        numbers = order[start : start + size]
+        start += size
+        named = [_row([_image(n)], NAME_QUESTION, NUMBERS[labels[n]], "name") for n in numbers]
+        mixed = [*named, *_comparisons(numbers, labels, draw, size // 3), *_sums(draw, max(size // 12, 20))]
+        draw.shuffle(mixed)
+        _write(folder / f"{split}.jsonl", mixed)
+        parity = [_row([_image(n)], PARITY_QUESTION, ("even", "odd")[labels[n] % 2], "parity") for n in numbers]
+        _write(folder / f"parity_{split}.jsonl", parity)
+        inverted = [_row([_image(n, inverted=True)], NAME_QUESTION, NUMBERS[labels[n]], "inverted") for n in numbers]
+        _write(folder / f"inverted_{split}.jsonl", inverted)
+    return folder
+
+
+def _image(number: int, *, inverted: bool = False) -> str:
+    return f"images/{'inverted_' if inverted else ''}{number:04d}.png"
+
+
+def _save_image(pixels: Any, path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    scale = SIDE // pixels.shape[0]
+    Image.fromarray(np.kron(np.round(pixels * 255).astype("uint8"), np.ones((scale, scale), dtype="uint8"))).save(path)
+
+
+def _row(images: list[str], question: str, answer: str, kind: str) -> dict[str, Any]:
+    content: Any = [*({"type": "image"} for _ in images), {"type": "text", "text": question}] if images else question
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    row = {"messages": messages, "images": images, "kind": kind, "answer": answer}
+    return row if images else {key: value for key, value in row.items() if key != "images"}
+
+
+def _comparisons(numbers: list[int], labels: list[int], draw: random.Random, count: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    while len(rows) < count:
+        first, second = draw.sample(numbers, 2)
+        if labels[first] != labels[second]:
+            answer = "first" if labels[first] > labels[second] else "second"
+            rows.append(_row([_image(first), _image(second)], COMPARE_QUESTION, answer, "compare"))
+    return rows
+
+
+def _sums(draw: random.Random, count: int) -> list[dict[str, Any]]:
+    pairs = draw.sample([(left, right) for left in range(10) for right in range(10)], min(count, 100))
+    return [
+        _row([], f"What is {NUMBERS[left]} plus {NUMBERS[right]}?", NUMBERS[left + right], "sum")
+        for left, right in pairs
+    ]
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
