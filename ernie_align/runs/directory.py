@@ -1,0 +1,217 @@
+"""The folder of a run: what was asked, what was measured, and which of its checkpoints are whole."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ernie_align.errors import Fault, RunError
+from ernie_align.recipe import differences
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
+SEAL = "complete.json"  # written last into a checkpoint: name and size of each of its files
+
+# A resumed run may end, log, save or evaluate at other steps; everything else must be what it was.
+_MAY_CHANGE = re.compile(
+    r"run\.dir|training\.(max_steps|num_train_epochs|(logging|save|eval)_\w+|report_to|run_name|dataloader_\w+)"
+)
+
+_BEGINNING = {"run.lock", "recipe.yaml", "recipe.resolved.yaml"}  # written before run.json makes a folder a run's
+
+
+class RunDirectory:
+    """One run's folder, held by one process at a time.
+
+    recipe.yaml           as given, with the overrides of the command line
+    recipe.resolved.yaml  with every default
+    run.json              versions, device, and what the run found out about itself
+    coverage.json data.json preview.txt metrics.jsonl
+    checkpoint-N/ final/
+    """
+
+    def __init__(self, path: str | Path, *, where: str = "run.dir"):
+        self.path = Path(path)
+        self.where = where
+        self._lock: Any = None
+
+    @property
+    def final(self) -> Path:
+        """The finished model or adapter."""
+        return self.path / "final"
+
+    @property
+    def cache(self) -> Path:
+        """Encoded rows, for as long as the run lasts."""
+        return self.path / "cache"
+
+    # -- beginning ----------------------------------------------------------------------------------------------
+
+    def begin(self, resolved: str, *, resume: bool) -> bool:
+        """Take the folder for a run of this resolved recipe. True if there is a run to go on with.
+
+        A run that failed before its first step left nothing to keep: another may begin in its folder.
+        Raises RunError where the folder is in use, holds something else, holds a finished run, or (resume) a run of
+        another recipe. Nothing in it is ever overwritten.
+        """
+        holds = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError.at(self.where, f"{self.path} is a file", fix="name a new folder")
+        is_run = "run.json" in holds  # written last of what a beginning writes
+        if not is_run and not {name for name in holds if not name.endswith(".partial")} <= _BEGINNING:
+            what = f"{self.path} holds something else ({', '.join(holds[:3])})"
+            raise RunError.at(self.where, what, fix="name a new folder: nothing is overwritten")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take()
+        if is_run and resume:
+            self._same_recipe(resolved)
+            return True
+        if is_run and self.final.exists():
+            fix = "name a new folder, or remove this one"
+            raise RunError.at(self.where, f"{self.path} holds a finished run", fix=fix)
+        if is_run and (self.checkpoints() or (self.path / "metrics.jsonl").exists()):
+            fix = "go on with --resume, or name a new folder"
+            raise RunError.at(self.where, f"{self.path} holds an unfinished run", fix=fix)
+        return False
+
+    def _take(self) -> None:
+        lock = open(self.path / "run.lock", "a+")  # noqa: SIM115 (held until the process ends)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
+        except OSError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            lock.close()
+            what = f"{self.path} is in use by {holder}"
+            raise RunError.at(self.where, what, fix="wait for it, stop it, or name a new folder") from None
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        self._lock = lock
+
+    def release(self) -> None:
+        """Let another process have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _same_recipe(self, resolved: str) -> None:
+        began = (self.path / "recipe.resolved.yaml").read_text(encoding="utf-8")
+        changed = [item for item in differences(began, resolved) if not _MAY_CHANGE.fullmatch(item[0])]
+        if changed:
+            fix = "restore it, or begin anew in another run.dir"
+            raise RunError(
+                *(Fault(key, f"{new!r} now, {old!r} when the run began", fix=fix) for key, old, new in changed)
+            )
+
+    # -- keeping ------------------------------------------------------------------------------------------------
+
+    def write(self, name: str, content: str | Mapping[str, Any] | list[Any]) -> None:
+        """Write a small file so that a reader sees the old one or the new one, never half of one."""
+        text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        partial = self.path / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self.path / name)
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to run.json."""
+        self.write("run.json", {**self.facts(), **facts})
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json holds."""
+        path = self.path / "run.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def append_metrics(self, values: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(values) + "\n")
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the lines of steps that a resumed run takes again."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # the last one may be cut off
+            self.write("metrics.jsonl", "".join(line for line in whole if json.loads(line)["step"] <= step))
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def checkpoints(self) -> list[Path]:
+        """checkpoint-N folders, oldest first, whole or not."""
+        found = [path for path in self.path.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+        return sorted(found, key=step_of)
+
+    def newest_whole_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that was written to its end, and the newer ones passed over, each with the reason."""
+        passed_over = []
+        for checkpoint in reversed(self.checkpoints()):
+            reason = broken(checkpoint)
+            if reason is None:
+                return checkpoint, passed_over
+            passed_over.append(f"{checkpoint.name}: {reason}")
+        return None, passed_over
+
+    def finish(self) -> None:
+        """Drop what only a running run needs."""
+        shutil.rmtree(self.cache, ignore_errors=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """checkpoint-120 -> 120."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def seal(checkpoint: Path) -> None:
+    """Say that a checkpoint is whole: the names and sizes of its files, flushed to disk before the seal is."""
+    sizes = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name != SEAL:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            sizes[str(path.relative_to(checkpoint))] = path.stat().st_size
+    partial = checkpoint / f".{SEAL}.partial"
+    partial.write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(checkpoint / SEAL)
+
+
+def broken(checkpoint: Path) -> str | None:
+    """Why a checkpoint is not whole, or None."""
+    path = checkpoint / SEAL
+    if not path.exists():
+        return "cut off in mid-write"
+    for name, size in json.loads(path.read_text(encoding="utf-8")).items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes of {size}"
+    return None
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, as they bear on results."""
+    import torch
+
+    from ernie_align.models.pixels import pixel_backend
+
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "ernie_align": version("ernie-align"),
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "platform": platform.platform(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "pixels_by": pixel_backend(),
+    }

@@ -1,0 +1,126 @@
+"""Everything of a run that can be known and judged before its weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ernie_align.data.load import SourceCount, judge, mix, prepare
+from ernie_align.data.render import Renderer
+from ernie_align.data.sources import Source
+from ernie_align.errors import RecipeError
+from ernie_align.evaluation.generate import make_renderer
+from ernie_align.models.anatomy import Anatomy
+from ernie_align.models.files import CheckpointFiles
+from ernie_align.models.modality import ModalityTokens
+from ernie_align.models.pixels import ImageSizes
+from ernie_align.models.scopes import Coverage, coverage
+from ernie_align.recipe import Recipe, SourceBlock
+from ernie_align.recipe import load_recipe as judge_recipe
+from ernie_align.stages import STAGES, Stage
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A recipe, judged against the small files of its model."""
+
+    recipe: Recipe
+    stage: Stage
+    anatomy: Anatomy
+    coverage: Coverage
+    renderer: Renderer
+
+
+@dataclass(frozen=True)
+class Data:
+    """Encoded examples, what became of the rows, and the names of the rows. counts: of train, then of eval."""
+
+    train: Dataset | IterableDataset
+    eval: Dataset | IterableDataset | None
+    counts: list[SourceCount]
+    sources: list[Source]
+
+    def row_name(self, source: int, row: int) -> str:
+        """Where the row behind an example stands: its file and line."""
+        return self.sources[source].row_name(row)
+
+    def first(self) -> dict[str, Any]:
+        """The first training example."""
+        return next(iter(self.train))
+
+
+def load_recipe(source: Any, *, overrides: Iterable[str] = (), stage: str | None = None) -> Recipe:
+    """A YAML file, or a mapping, and `key=value` overrides -> a frozen recipe.
+
+    stage: refuse a recipe of any other. Raises RecipeError with every fault, each with its place.
+    """
+    recipes = {name: known.recipe for name, known in STAGES.items()}
+    return judge_recipe(source, stages=recipes, overrides=overrides, stage=stage)
+
+
+def set_up(recipe: Recipe) -> Setup:
+    """Judge the recipe against its model's config and tokenizer. Raises AlignError where they do not fit."""
+    block, stage = recipe.model, STAGES[recipe.stage]
+    files = CheckpointFiles(block.name, block.revision, block.where("name"))
+    if files.is_adapter:
+        fix = "set model.name to its base and adapter.path to this folder"
+        raise RecipeError.at(block.where("name"), f"{block.name} is an adapter, not a model", fix=fix)
+    if recipe.training.get("eval_strategy", "no") != "no" and not recipe.data.eval:
+        raise RecipeError.at(recipe.where("training"), "eval_strategy without rows", fix="name rows under data.eval")
+    if recipe.data.streaming and recipe.training.get("max_steps", 0) <= 0:
+        fix = "set training.max_steps: nobody knows how long a stream is"
+        raise RecipeError.at(recipe.data.where("streaming"), "streaming without a number of steps", fix=fix)
+    config = files.read_json("config.json")
+    anatomy = Anatomy.from_config(config, where=block.where("name"))
+    trained = stage.scope(recipe, anatomy)
+    modality = ModalityTokens.from_config(config)
+    sizes = ImageSizes.from_config(files.image_settings()) if modality else None
+    renderer = make_renderer(files.tokenizer(), modality, sizes, thinking=recipe.data.thinking)
+    return Setup(recipe, stage, anatomy, coverage(anatomy, trained), renderer)
+
+
+def sample_data(setup: Setup, rows: int) -> tuple[dict[str, Any], list[SourceCount]]:
+    """Judge the first rows of each source. The first training example, and what became of the rows.
+
+    Raises DataError where a source or one of those rows is unsound.
+    """
+    data, encode = setup.recipe.data, setup.stage.encode(setup.recipe, setup.renderer)
+    judged = [judge(Source(block, data, sample=rows), encode) for block in (*data.train, *data.eval)]
+    return judged[0][0][0], [count for _, count in judged]
+
+
+def prepare_data(setup: Setup, *, cache: Path | None = None) -> Data:
+    """Read, judge and encode the recipe's rows.
+
+    cache: folder for the encoded rows, which otherwise stay in memory.
+    Raises DataError where a source or a row is unsound.
+    """
+    recipe = setup.recipe
+    data, encode = recipe.data, setup.stage.encode(recipe, setup.renderer)
+    workers = recipe.training.get("dataset_num_proc")
+    if cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+    sources: list[Source] = []
+    counts: list[SourceCount] = []
+
+    def read(blocks: list[SourceBlock], kind: str, streaming: bool) -> list[Any]:
+        prepared = []
+        for block in blocks:
+            source = Source(block, data, streaming=streaming)
+            file = cache / f"{kind}-{len(prepared)}.arrow" if cache is not None else None
+            examples, count = prepare(source, encode, number=len(sources), cache=file, workers=workers)
+            sources.append(source)
+            counts.append(count)
+            prepared.append(examples)
+        return prepared
+
+    streaming = data.streaming
+    train = mix(read(data.train, "train", streaming), data.train, seed=recipe.run.seed, streaming=streaming)
+    held_out = read(data.eval, "eval", False)
+    evaluated = mix(held_out, data.eval, seed=recipe.run.seed) if held_out else None
+    return Data(train, evaluated, counts, sources)

@@ -1,0 +1,217 @@
+"""The life of a run: recipe -> data -> model -> trainer -> checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ernie_align.data.load import SourceCount
+from ernie_align.data.preview import Stretch, as_text, preview
+from ernie_align.models.certificate import TextLogits, text_logits
+from ernie_align.models.load import Bundle, load_model
+from ernie_align.models.pixels import pixel_backend
+from ernie_align.models.scopes import Coverage, coverage
+from ernie_align.recipe import Recipe, to_yaml
+from ernie_align.runs.directory import RunDirectory, environment, step_of
+from ernie_align.runs.setup import Setup, prepare_data, set_up
+from ernie_align.stages import Batches
+from ernie_align.stages.base import inherited_defaults
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+
+class Reporter(Protocol):
+    """Who tells the user what happens."""
+
+    def say(self, line: str) -> None:
+        """One line."""
+
+    def coverage(self, table: Coverage) -> None:
+        """What is trained."""
+
+    def sources(self, counts: list[SourceCount]) -> None:
+        """What became of the rows."""
+
+    def preview(self, stretches: list[Stretch]) -> None:
+        """One example as the model will see it."""
+
+    def progress(self) -> list[TrainerCallback]:
+        """Callbacks that show training as it goes."""
+
+    def certificate(self, probe: TextLogits, unchanged: bool) -> None:
+        """Whether text is answered as before, bit for bit."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves.
+
+    final: folder of the model or adapter; metrics: of the evaluation at its end, if there is one;
+    text_unchanged: whether text logits are bit-identical before and after, where the scope promises it.
+    """
+
+    directory: Path
+    final: Path
+    metrics: dict[str, float]
+    text_unchanged: bool | None = None
+
+
+def run(recipe: Recipe, *, resume: bool = False, reporter: Reporter) -> RunResult:
+    """Train what the recipe says, into `run.dir`.
+
+    resume: go on from the newest whole checkpoint in run.dir, or begin if there is none; a finished run stays as it is.
+    Raises the AlignError that fits; whatever ends the run, its whole checkpoints stay.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    directory = RunDirectory(recipe.run.dir, where=recipe.run.where("dir"))
+    setup = set_up(recipe)
+    config = setup.stage.configure(recipe, recipe.run.dir)  # what TRL refuses is refused before anything is made
+    try:
+        if state.is_main_process:
+            _begin(directory, recipe, resume)
+        state.wait_for_everyone()
+        if directory.final.exists():
+            reporter.say(f"{directory.path} is finished already")
+            return RunResult(directory.path, directory.final, {}, directory.facts().get("text_unchanged"))
+        return _train(setup, config, directory, reporter, resume=resume, is_main=state.is_main_process)
+    finally:
+        directory.release()
+
+
+def _begin(directory: RunDirectory, recipe: Recipe, resume: bool) -> None:
+    resolved = to_yaml(recipe)
+    if not directory.begin(resolved, resume=resume):
+        directory.write("recipe.yaml", recipe.as_given)
+        directory.write("recipe.resolved.yaml", resolved)
+        directory.note(environment=environment())
+
+
+def _train(
+    setup: Setup, config: Any, directory: RunDirectory, reporter: Reporter, *, resume: bool, is_main: bool
+) -> RunResult:
+    from transformers import PrinterCallback
+
+    recipe = setup.recipe
+    for key, value in inherited_defaults(recipe).items():
+        reporter.say(f"training.{key} is not set: {value}")
+    if setup.anatomy.has_vision:
+        reporter.say(f"images become pixels by {pixel_backend()}")
+    reporter.coverage(setup.coverage)
+
+    data = prepare_data(setup, cache=directory.cache if is_main else None)
+    example = preview(data.first(), setup.renderer)
+    reporter.sources(data.counts)
+    reporter.preview(example)
+    unseen = sum(count.without_images for count in data.counts[: len(recipe.data.train)])
+    if setup.coverage.leaves_text_alone and unseen:
+        reporter.say(f"{unseen} training examples show no image: nothing in scope learns from them")
+    if is_main:
+        directory.write("coverage.json", [asdict(row) for row in setup.coverage.rows])
+        directory.write("data.json", [asdict(count) for count in data.counts])
+        directory.write("preview.txt", as_text(example))
+
+    checkpoint = _where_to_go_on(directory, reporter, is_main) if resume else None
+    bundle = _load(setup, checkpoint)
+    batches = Batches(data.train, data.eval, data.row_name)
+    callbacks = _callbacks(directory, bundle, recipe, reporter) if is_main else []
+    trainer = setup.stage.build_trainer(recipe, config, bundle, batches, callbacks)
+    trainer.remove_callback(PrinterCallback)  # it prints every log as a dict
+    reporter.say(_pace(config))
+    probe = _first_text_logits(setup, bundle, directory)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    metrics = trainer.evaluate() if data.eval is not None else {}
+    unchanged = None
+    if probe is not None:
+        # accelerate has wrapped the forward in autocast: like is compared with like
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        unchanged = _certify(probe, text_logits(bundle), reporter)
+
+    partial = directory.path / "final.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of an earlier attempt
+    trainer.save_model(str(partial))
+    if is_main:
+        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle of Trainer's; run.dir says it all in text
+        bundle.save_processor(str(partial))
+        directory.write("data.json", [asdict(count) for count in data.counts])  # a stream is counted only now
+        directory.note(text_unchanged=unchanged, metrics=metrics)
+        partial.replace(directory.final)
+        directory.finish()
+    reporter.say(f"finished: {directory.final}")
+    return RunResult(directory.path, directory.final, metrics, unchanged)
+
+
+def _pace(config: Any) -> str:
+    """What the steps are, most of it often TRL's defaults."""
+    size = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    length = f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs:g} epochs"
+    checkpointing = "on" if config.gradient_checkpointing else "off"
+    rate = f"learning rate {config.learning_rate:g}, {config.lr_scheduler_type.value!s}"
+    return f"{length} of {size} examples, {rate}, gradient checkpointing {checkpointing}"
+
+
+def _where_to_go_on(directory: RunDirectory, reporter: Reporter, is_main: bool) -> Path | None:
+    checkpoint, passed_over = directory.newest_whole_checkpoint()
+    for reason in passed_over:
+        reporter.say(f"passed over {reason}")
+    reporter.say(f"resuming from {checkpoint}" if checkpoint else "no whole checkpoint: beginning at step 0")
+    if is_main:
+        directory.forget_metrics_after(step_of(checkpoint) if checkpoint else -1)
+    return checkpoint
+
+
+def _load(setup: Setup, checkpoint: Path | None) -> Bundle:
+    from transformers import set_seed
+
+    block = setup.recipe.model
+    holds_model = checkpoint is not None and not (checkpoint / "adapter_config.json").exists()
+    bundle = load_model(
+        block.name,
+        dtype=block.dtype,
+        revision=block.revision,
+        attention=block.attention,
+        where=block.where("name"),
+        # Trainer restores a full model with strict=False, which finds 3 of 98 tensors of a VL checkpoint: so the model
+        # is built from the checkpoint, and what Trainer then finds changes nothing
+        weights=str(checkpoint) if holds_model else None,
+    )
+    set_seed(setup.recipe.run.seed)  # a fresh adapter is drawn at random
+    trained = setup.stage.wrap(setup.recipe, bundle)
+    if coverage(bundle.anatomy, trained) != setup.coverage:
+        raise AssertionError("the loaded model trains something else than was shown")
+    return bundle
+
+
+def _callbacks(directory: RunDirectory, bundle: Bundle, recipe: Recipe, reporter: Reporter) -> list[TrainerCallback]:
+    from ernie_align.runs.keep import CheckpointKeeper, MetricsKeeper
+
+    limit = recipe.training.get("save_total_limit")
+    return [*reporter.progress(), MetricsKeeper(directory), CheckpointKeeper(directory, bundle, limit)]
+
+
+def _first_text_logits(setup: Setup, bundle: Bundle, directory: RunDirectory) -> TextLogits | None:
+    """Where nothing is trained that text touches: what the model said to text when the run began.
+
+    Taken once the trainer has put the model on its device; a resumed run goes by what its first start kept.
+    """
+    if not (setup.anatomy.has_vision and setup.coverage.leaves_text_alone):
+        return None
+    kept = directory.facts().get("text_logits")
+    if kept is not None:
+        return TextLogits(**kept)
+    probe = text_logits(bundle)
+    directory.note(text_logits=asdict(probe))
+    return probe
+
+
+def _certify(before: TextLogits, after: TextLogits, reporter: Reporter) -> bool | None:
+    if before.machine != after.machine:
+        reporter.say(f"no certificate: the run began on {before.machine} and ended on {after.machine}")
+        return None
+    unchanged = before.digest == after.digest
+    reporter.certificate(before, unchanged)
+    return unchanged
