@@ -43,10 +43,17 @@ def family(request) -> str:
 @pytest.fixture
 def renderers(checkpoints) -> dict[str, Any]:
     """family -> its renderer."""
+    from ernie_align.evaluation.generate import make_renderer
     from ernie_align.models.files import CheckpointFiles
-    from ernie_align.runs.setup import make_renderer
+    from ernie_align.models.modality import ModalityTokens
+    from ernie_align.models.pixels import ImageSizes
 
-    return {family: make_renderer(CheckpointFiles(str(path))) for family, path in checkpoints.items()}
+    def renderer(path: Path) -> Any:
+        files = CheckpointFiles(str(path))
+        modality = ModalityTokens.from_config(files.read_json("config.json"))
+        return make_renderer(files.tokenizer(), modality, ImageSizes())
+
+    return {family: renderer(path) for family, path in checkpoints.items()}
 
 
 @pytest.fixture

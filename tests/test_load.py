@@ -162,6 +162,19 @@ def test_the_processor_gives_ids_and_pixels_without_the_routing_tensor(checkpoin
     assert out["mm_token_type_ids"].sum() == 4 and out["pixel_values"].shape == (16, 588)
 
 
+def test_image_settings_are_found_in_either_file(copy_of):
+    """transformers 5 nests them in processor_config.json; the published checkpoints have a file of their own."""
+    folder = copy_of("vl_moe")
+    files = CheckpointFiles(str(folder))
+    assert files.image_settings()["size"]["shortest_edge"] == 56 * 56
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": {"size": {"shortest_edge": 784}}}))
+    assert files.image_settings()["size"]["shortest_edge"] == 784
+    (folder / "processor_config.json").unlink()
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(ModelError, match=r"holds no preprocessor_config.json"):
+        files.image_settings()
+
+
 def test_the_processor_saves_under_transformers_own_name(checkpoints, tmp_path):
     bundle = load_model(str(checkpoints["vl_moe"]), dtype="float32")
     bundle.processor.save_pretrained(tmp_path)

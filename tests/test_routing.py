@@ -13,7 +13,7 @@ from ernie_align.errors import ModelError
 from ernie_align.evaluation.generate import renderer_of
 from ernie_align.models.load import load_model
 from ernie_align.models.modality import ModalityTokens, derive_modality, mm_token_type_ids, moe_mm_token_type_ids
-from ernie_align.models.routing import check_routing, count_routed_tokens
+from ernie_align.models.routing import check_routing, count_routed_tokens, pool_blocks
 
 TOKENS = ModalityTokens(image=7, image_start=8, image_end=9, video=10, video_start=11, video_end=12)
 
@@ -105,7 +105,7 @@ def test_embeddings_without_ids_are_refused(bundle):
 
 
 def test_the_counters_see_every_token_in_every_layer(bundle, batch):
-    with count_routed_tokens(bundle.model) as seen:
+    with count_routed_tokens(pool_blocks(bundle.model)) as seen:
         forward(bundle.model, batch)
     vision, total = int(batch["vision_tokens"]), batch["input_ids"].numel()
     assert vision == 3 * (4 + 2)
@@ -118,7 +118,7 @@ def test_the_counters_see_every_token_in_every_layer(bundle, batch):
 
 def test_the_guard_stops_a_model_that_lost_its_routing(bundle, batch):
     bundle.model.model._forward_pre_hooks.clear()
-    with count_routed_tokens(bundle.model) as seen:
+    with count_routed_tokens(pool_blocks(bundle.model)) as seen:
         forward(bundle.model, batch, mm_token_type_ids=mm_token_type_ids(batch["input_ids"], bundle.modality))
     with pytest.raises(ModelError, match="18 tokens are vision; 0 reached the vision pool"):
         check_routing(seen, vision_tokens=int(batch["vision_tokens"]), tokens=batch["input_ids"].numel())
@@ -147,7 +147,7 @@ def test_a_run_whose_images_go_astray_is_stopped_at_its_first_batch(checkpoints,
 
 def test_generation_routes_every_step(bundle, batch):
     prompts = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")}
-    with count_routed_tokens(bundle.model) as seen, torch.no_grad():
+    with count_routed_tokens(pool_blocks(bundle.model)) as seen, torch.no_grad():
         bundle.model.generate(**prompts, max_new_tokens=3, do_sample=False, suppress_tokens=sorted(bundle.modality.ids))
     assert set(seen.vision.values()) == {int(batch["vision_tokens"])}
     assert set(seen.text.values()) == {batch["input_ids"].numel() - 18 + 2 * 3}  # two decode steps of three rows

@@ -43,7 +43,9 @@ def attach(bundle: Bundle, block: AdapterBlock) -> list[Target]:
             # PEFT looks for rank and alpha patterns among modules only, and warns about those of bare parameters,
             # which it does apply (prove() below would notice if it did not)
             warnings.filterwarnings("ignore", message=".*keys did not match any targeted module.*")
-            bundle.model = get_peft_model(bundle.model, config)
+            # the adapter remembers which revision of a hub model it belongs to
+            revision = None if bundle.files.is_folder else bundle.files.revision
+            bundle.model = get_peft_model(bundle.model, config, revision=revision)
     else:
         try:
             bundle.model = PeftModel.from_pretrained(bundle.model, block.path, is_trainable=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from ernie_align.models.load import Bundle
 
 ROWS, LENGTH = 8, 64  # of the probe: every row is a different stretch of random text tokens
@@ -14,12 +17,16 @@ ROWS, LENGTH = 8, 64  # of the probe: every row is a different stretch of random
 
 @dataclass(frozen=True)
 class TextLogits:
-    """What the model says to a fixed probe of text tokens. digest: SHA-256 of all its logits, bit for bit."""
+    """What the model says to a fixed probe of text tokens.
+
+    digest: SHA-256 of all its logits, bit for bit; machine: what computed them, for another may round otherwise.
+    """
 
     digest: str
     rows: int
     tokens: int
     vocabulary: int
+    machine: str
 
 
 def text_logits(bundle: Bundle, *, seed: int = 0) -> TextLogits:
@@ -46,4 +53,12 @@ def text_logits(bundle: Bundle, *, seed: int = 0) -> TextLogits:
     finally:
         model.train(was_training)
     bits = logits.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return TextLogits(hashlib.sha256(bits).hexdigest(), ROWS, ROWS * LENGTH, logits.shape[-1])
+    return TextLogits(hashlib.sha256(bits).hexdigest(), ROWS, ROWS * LENGTH, logits.shape[-1], _machine(logits.device))
+
+
+def _machine(device: torch.device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} with {torch.get_num_threads()} threads" if device.type == "cpu" else device.type

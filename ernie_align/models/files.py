@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import json
 import re
 import shutil
@@ -29,6 +30,13 @@ PROCESSOR_FILES = (
     "processor_config.json",
     "*.ttf",
 )
+
+
+@functools.cache
+def _snapshot(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, revision=revision, allow_patterns=list(PROCESSOR_FILES)))
 
 
 @dataclass(frozen=True)
@@ -61,9 +69,15 @@ class CheckpointFiles:
             raise ModelError.at(str(path), "not a JSON object", fix="restore the file")
         return values
 
-    def has(self, file: str) -> bool:
-        """Whether the checkpoint holds this file."""
-        return self._fetch(file) is not None
+    @property
+    def is_adapter(self) -> bool:
+        """An adapter in PEFT's format and no model of its own."""
+        return self._fetch("config.json") is None and self._fetch("adapter_config.json") is not None
+
+    def image_settings(self) -> dict[str, Any]:
+        """Settings of the image processor: nested in processor_config.json, or in the older file of their own."""
+        nested = (self.read_json("processor_config.json", required=False) or {}).get("image_processor")
+        return nested or self.read_json("preprocessor_config.json")
 
     def tokenizer(self) -> TokenizersBackend:
         """The tokenizer with its chat template. Raises ModelError where either is missing."""
@@ -85,7 +99,7 @@ class CheckpointFiles:
 
     def copy_processor(self, folder: str | Path) -> None:
         """Copy the tokenizer's, template's and processor's files into `folder`, byte for byte."""
-        source = Path(self.name) if self.is_folder else self._snapshot()
+        source = Path(self.name) if self.is_folder else _snapshot(self.name, self.revision)
         for path in source.iterdir():
             if any(fnmatch.fnmatch(path.name, pattern) for pattern in PROCESSOR_FILES):
                 shutil.copyfile(path, Path(folder) / path.name)
@@ -95,19 +109,16 @@ class CheckpointFiles:
             path = Path(self.name) / file
             return path if path.is_file() else None
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
             return Path(hf_hub_download(self.name, file, revision=self.revision))
+        except LocalEntryNotFoundError as error:  # neither in the cache nor to be fetched
+            raise self._unreachable(error) from error
         except EntryNotFoundError:
             return None
         except Exception as error:
             raise self._unreachable(error) from error
-
-    def _snapshot(self) -> Path:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(self.name, revision=self.revision, allow_patterns=list(PROCESSOR_FILES)))
 
     def _missing(self, file: str) -> ModelError:
         where, path = self.where or self.name, Path(self.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ernie_align.errors import Fault, ModelError
@@ -40,9 +41,9 @@ class Bundle:
 
 
 def load_model(
-    name: str,
+    name: str | Path,
     *,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     revision: str | None = None,
     attention: str = "sdpa",
     where: str = "",
@@ -56,8 +57,9 @@ def load_model(
     rest coming from `name`.
     Raises ModelError for other models, missing weights, and anything that differs from the family's anatomy.
     """
+    name = str(name)
     files = CheckpointFiles(name, revision, where)
-    if files.has("adapter_config.json"):
+    if files.is_adapter:
         return _load_adapter(files, dtype=dtype, attention=attention)
     config = files.read_json("config.json")
     anatomy = Anatomy.from_config(config, where=where or f"{name}/config.json")
@@ -68,7 +70,7 @@ def load_model(
         from ernie_align.models.processor import make_processor
 
         bundle.modality = ModalityTokens.from_config(config)
-        bundle.image_sizes = ImageSizes.from_config(files.read_json("preprocessor_config.json", required=False) or {})
+        bundle.image_sizes = ImageSizes.from_config(files.image_settings())
         bundle.image_processor = load_image_processor(name, revision)
         bundle.processor = make_processor(name, revision, bundle.image_processor, tokenizer)
         route_by_input_ids(model.model)
@@ -126,7 +128,7 @@ def _load_adapter(files: CheckpointFiles, *, dtype: str, attention: str) -> Bund
     config = files.read_json("adapter_config.json")
     base = config.get("base_model_name_or_path")
     base_files = CheckpointFiles(base or "", config.get("revision"))
-    if not base or (base_files.is_folder and not base_files.has("config.json")):
+    if not base or (base_files.is_folder and not (Path(base) / "config.json").is_file()):
         fix = (
             "run from the folder that this path is relative to, or mend base_model_name_or_path in adapter_config.json"
         )

@@ -13,7 +13,7 @@ MAX_ASPECT_RATIO = 200  # transformers refuses to resize anything longer
 
 @dataclass(frozen=True)
 class ImageSizes:
-    """The limits that a checkpoint's preprocessor_config.json sets. min_pixels, max_pixels: of the resized image."""
+    """The limits that a checkpoint's image settings set. min_pixels, max_pixels: of the resized image."""
 
     patch_size: int = 14
     merge_size: int = 2
@@ -22,7 +22,7 @@ class ImageSizes:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ImageSizes:
-        """From preprocessor_config.json; the class defaults where it is silent."""
+        """From the settings of the image processor; the class defaults where they are silent."""
         size = config.get("size") or {}
         return cls(
             config.get("patch_size") or cls.patch_size,

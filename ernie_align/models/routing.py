@@ -21,28 +21,32 @@ class RoutedTokens:
     vision: dict[str, int] = field(default_factory=dict)
 
 
-@contextmanager
-def count_routed_tokens(model: nn.Module) -> Iterator[RoutedTokens]:
-    """Count the tokens that enter each pool while the block runs. Shapes alone are read: nothing is computed or synced.
+def pool_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Name of each block that holds one pool of experts -> the block; none in models with a single pool."""
+    pools = ("text_moe", "vision_moe")
+    return {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in pools}
 
-    Empty counts for models with a single pool.
+
+@contextmanager
+def count_routed_tokens(blocks: dict[str, nn.Module]) -> Iterator[RoutedTokens]:
+    """Count the tokens that enter each pool while the context lasts.
+
+    blocks: of pool_blocks. Shapes alone are read: nothing is computed, no device is waited for.
     """
     seen = RoutedTokens()
-    handles = []
 
     def counter(counts: dict[str, int], name: str):
         def count(block: nn.Module, args: tuple) -> None:
             # the block is given (B, T, H) or, selected by modality, (N · H) values
-            counts[name] = counts.get(name, 0) + args[0].numel() // block.hidden_dim
+            counts[name] += args[0].numel() // block.hidden_dim
 
         return count
 
-    for name, module in model.named_modules():
-        pool = name.rpartition(".")[2]
-        if pool in ("text_moe", "vision_moe"):
-            counts = seen.vision if pool == "vision_moe" else seen.text
-            counts[name] = 0
-            handles.append(module.register_forward_pre_hook(counter(counts, name)))
+    handles = []
+    for name, block in blocks.items():
+        counts = seen.vision if name.endswith("vision_moe") else seen.text
+        counts[name] = 0
+        handles.append(block.register_forward_pre_hook(counter(counts, name)))
     try:
         yield seen
     finally:
