@@ -33,13 +33,24 @@ class RowEncoder:
         return {
             "input_ids": List(Value("int32")),
             "labels": List(Value("int32")),
-            "images": List({"path": Value("string"), "bytes": Value("binary")}),
+            "media": List({"path": Value("string"), "bytes": Value("binary")}),
             "vision_tokens": Value("int64"),
+            "length": Value("int64"),  # by which training.train_sampling_strategy: group_by_length groups
+            "trained": Value("int64"),
+            "reasoning_left_out": Value("int64"),
         }
 
     def __call__(self, row: Row) -> list[dict[str, Any]]:
         """The row's examples. Raises RowFault and RowDropped."""
-        return [vars(example) for example in self.renderer.examples(row, max_length=self.max_length, cut=self.cut)]
+        examples = self.renderer.examples(row, max_length=self.max_length, cut=self.cut)
+        return [
+            vars(example)
+            | {
+                "length": len(example.input_ids),
+                "trained": sum(label != IGNORED for label in example.labels),
+            }
+            for example in examples
+        ]
 
 
 class Collator:
@@ -76,7 +87,7 @@ class Collator:
             "rows": torch.tensor([example["rows"] for example in examples]),
             "vision_tokens": torch.tensor(sum(example["vision_tokens"] for example in examples)),
         }
-        images = [self._load(image, example["rows"]) for example in examples for image in example["images"]]
+        images = [self._load(image, example["rows"]) for example in examples for image in example["media"]]
         if images:
             pixels = self.image_processor(images=images, return_tensors="pt")
             batch["pixel_values"], batch["image_grid_thw"] = pixels["pixel_values"], pixels["image_grid_thw"]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ernie_align.data import media
-from ernie_align.data.render import IGNORED
 from ernie_align.data.row import Row, RowDropped, RowFault
 from ernie_align.data.sources import Source
 from ernie_align.errors import DataError, Fault
@@ -25,7 +24,7 @@ _SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled among each other
 class Encoder(Protocol):
     """A stage's way from a canonical row to its examples, all with the same columns.
 
-    Among them are `input_ids`, `labels`, `images` and `vision_tokens`.
+    Among them are those that are counted: `length`, `trained`, `vision_tokens`, `reasoning_left_out` and `media`.
     """
 
     def features(self) -> dict[str, Any]:
@@ -37,7 +36,11 @@ class Encoder(Protocol):
 
 @dataclass
 class SourceCount:
-    """What became of one source's rows. dropped: reason -> rows; trained: tokens with a label."""
+    """What became of one source's rows.
+
+    trained: tokens with a label; without_images: examples that show none; reasoning_left_out: answers whose reasoning
+    is not trained because thinking is off; dropped: reason -> rows.
+    """
 
     name: str
     format: str = ""
@@ -48,6 +51,8 @@ class SourceCount:
     trained: int = 0
     vision_tokens: int = 0
     images: int = 0
+    without_images: int = 0
+    reasoning_left_out: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
 
     def keep(self, examples: list[dict[str, Any]]) -> None:
@@ -56,10 +61,12 @@ class SourceCount:
         self.kept += 1
         self.examples += len(examples)
         for example in examples:
-            self.tokens += len(example["input_ids"])
-            self.trained += _trained(example)
+            self.tokens += example["length"]
+            self.trained += example["trained"]
             self.vision_tokens += example["vision_tokens"]
-            self.images += len(example["images"])
+            self.reasoning_left_out += example["reasoning_left_out"]
+            self.images += len(example["media"])
+            self.without_images += not example["media"]
 
     def drop(self, reason: str) -> None:
         """Count one dropped row."""
@@ -85,8 +92,6 @@ def prepare(
         return _stream(source, encode, number, count), count
     added = {
         "rows": List(Value("int64")),
-        "length": Value("int64"),  # for training.train_sampling_strategy: group_by_length
-        "trained": Value("int64"),
         "dropped": Value("string"),
         "fault": Value("string"),
         "fix": Value("string"),
@@ -99,8 +104,6 @@ def prepare(
             verdict = _judge(source, {key: column[position] for key, column in batch.items()}, encode)
             for example in verdict.examples or [{}]:
                 made = {**example, "rows": [number, index], **verdict._asdict()}
-                if example:
-                    made |= {"length": len(example["input_ids"]), "trained": _trained(example)}
                 for name, column in out.items():
                     column.append(made.get(name))
         return out
@@ -118,7 +121,7 @@ def prepare(
         cache_file_name=str(cache) if cache else None,
         new_fingerprint=f"ernie-align-{number}",
     )
-    return _sound(judged, source, count).remove_columns(["trained", "dropped", "fault", "fix"]), count
+    return _sound(judged, source, count).remove_columns(["dropped", "fault", "fix"]), count
 
 
 def judge(source: Source, encode: Encoder) -> tuple[list[dict[str, Any]], SourceCount]:
@@ -188,10 +191,6 @@ def _judge(source: Source, values: dict[str, Any], encode: Encoder) -> _Verdict:
     return _Verdict(examples)
 
 
-def _trained(example: dict[str, Any]) -> int:
-    return sum(label != IGNORED for label in example["labels"])
-
-
 def _sound(judged: Dataset, source: Source, count: SourceCount) -> Dataset:
     """Raise for faulty rows, count the dropped ones, and keep the rest."""
     import pyarrow.compute as pc
@@ -206,10 +205,12 @@ def _sound(judged: Dataset, source: Source, count: SourceCount) -> Dataset:
     count.kept = len(pc.unique(numbers.take(kept)))
     count.rows += count.kept
     _raise(source, ((numbers[i].as_py(), table["fault"][i].as_py(), table["fix"][i].as_py()) for i in faulty), count)
-    sums = {name: pc.sum(table[name]).as_py() for name in ("length", "trained", "vision_tokens")}
-    count.examples, count.tokens = len(kept), sums["length"]
-    count.trained, count.vision_tokens = sums["trained"], sums["vision_tokens"]
-    count.images = pc.sum(pc.list_value_length(table["images"])).as_py()
+    count.examples = len(kept)
+    count.tokens, count.trained, count.vision_tokens, count.reasoning_left_out = (
+        pc.sum(table[name]).as_py() for name in ("length", "trained", "vision_tokens", "reasoning_left_out")
+    )
+    images = pc.list_value_length(table["media"])
+    count.images, count.without_images = pc.sum(images).as_py(), pc.sum(pc.equal(images, 0)).as_py()
     return judged if len(kept) == len(judged) else judged.select(kept.to_pylist())
 
 

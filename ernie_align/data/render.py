@@ -39,12 +39,18 @@ class Vision:
 
 @dataclass
 class Example:
-    """Token ids with labels. vision_tokens: those the images ask for, start and end included, by their sizes."""
+    """Token ids with labels.
+
+    media: references to its images, in order (not `images`: TRL takes every data set with a column of that name for
+    one that it has to process itself); vision_tokens: those the images ask for, start and end included, by their sizes;
+    reasoning_left_out: answers whose reasoning is not trained, because thinking is off.
+    """
 
     input_ids: list[int]
     labels: list[int]
-    images: list[dict[str, Any]] = field(default_factory=list)
+    media: list[dict[str, Any]] = field(default_factory=list)
     vision_tokens: int = 0
+    reasoning_left_out: int = 0
 
 
 @dataclass
@@ -54,6 +60,7 @@ class _Turns:
     ids: list[int]
     labels: list[int]
     ends: list[tuple[int, int]]  # (length, images so far) after each answer
+    reasoning_left_out: int = 0
 
 
 class Renderer:
@@ -80,22 +87,16 @@ class Renderer:
                 raise RowFault("nothing to train: no assistant turn with label 1", "give it an answer, or drop it")
             sequences = self._conversation(row)
         tokens = self._image_tokens(row.images)
-        result, longest = [], 0
+        result = []
         for sequence in sequences:
-            fitting = None
-            for length, images in reversed(sequence.ends):
-                total = length + sum(tokens[:images]) - images
-                longest = max(longest, total)
-                if total <= max_length:
-                    fitting = length, images
-                    break
-                if not cut:
-                    raise RowDropped(f"over data.max_length {max_length}")
-            if fitting is not None:
-                length, images = fitting
-                result.append(
-                    self._expand(sequence.ids[:length], sequence.labels[:length], row.images[:images], tokens)
-                )
+            fitting = [end for end in sequence.ends if end[0] + sum(tokens[: end[1]]) - end[1] <= max_length]
+            if len(fitting) < len(sequence.ends) and not cut:
+                raise RowDropped(f"over data.max_length {max_length}")
+            if fitting:
+                length, images = fitting[-1]
+                example = self._expand(sequence.ids[:length], sequence.labels[:length], row.images[:images], tokens)
+                example.reasoning_left_out = sequence.reasoning_left_out
+                result.append(example)
         if not result:
             raise RowDropped(f"over data.max_length {max_length}")
         return result
@@ -128,7 +129,8 @@ class Renderer:
         for number in row.trained_turns:
             before, turn = row.messages[:number], row.messages[number]
             context = self._text(before, row, generation_prompt=True)
-            context_ids, answer_ids = self._ids(context), self._ids_after_text(self._answer(context, before, turn, row))
+            answer, reasoning_left_out = self._answer(context, before, turn, row)
+            context_ids, answer_ids = self._ids(context), self._ids_after_text(answer)
             known = sequences[-1].ids if sequences else None
             if known is None or context_ids[: len(known)] != known:
                 sequences.append(_Turns([], [], []))
@@ -137,11 +139,16 @@ class Renderer:
             sequence.labels += [IGNORED] * (len(context_ids) - len(known)) + answer_ids
             sequence.ids = context_ids + answer_ids
             sequence.ends.append((len(sequence.ids), images_in(before)))
+            sequence.reasoning_left_out += reasoning_left_out
         return sequences
 
-    def _answer(self, context: str, before: list[Message], turn: Message, row: Row) -> str:
-        """What the model has to write after `context`: the template's rendering of the turn, to its end token."""
+    def _answer(self, context: str, before: list[Message], turn: Message, row: Row) -> tuple[str, bool]:
+        """What the model has to write after `context`: the template's rendering of the turn, to its end token.
+
+        And whether the turn has reasoning that this leaves out.
+        """
         whole = self._text([*before, turn], row, generation_prompt=False)
+        silent = turn
         if not whole.startswith(context):
             # The generation prompt holds more than the rendered turn does: a thinking block, closed when thinking is
             # off. Behind a closed one comes the answer's own text, wherever in the rendering it begins.
@@ -162,7 +169,7 @@ class Renderer:
         if not endings:
             what = "no special token ends an assistant turn: the model would never learn to stop"
             raise ModelError.at("chat template", what, fix="use a template that writes one")
-        return answer[: endings[-1].end()]
+        return answer[: endings[-1].end()], silent != turn
 
     def _plain(self, prompt: str, completion: str) -> _Turns:
         """A row without turns: the text as it is, special tokens in it included, closed by the end of sequence."""

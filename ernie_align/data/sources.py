@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import glob
 import json
+from array import array
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,11 +53,17 @@ class Source:
         present = {key: value for key, value in values.items() if value is not None}
         return canonical(present, self.format, self.root)
 
+    @cached_property
+    def _lines(self) -> array[int]:
+        """Line of each row of a JSONL file, counted from 1: blank lines are not rows."""
+        with Path(self.block.path).open(encoding="utf-8", errors="replace") as lines:
+            return array("q", (number for number, line in enumerate(lines, start=1) if line.strip()))
+
     def row_name(self, number: int) -> str:
         """Where a row stands: `file:line` for JSONL, `file row N` (counted from 0) elsewhere."""
         path = self.block.path
         if path and path.endswith(".jsonl") and not glob.has_magic(path):
-            return f"{path}:{_line_of_row(path, number)}"
+            return f"{path}:{self._lines[number]}"
         return f"{self.name} row {number}"
 
 
@@ -157,14 +165,3 @@ def _find_broken_json(file: str) -> None:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 _json_row(line, f"{file}:{number}")
-
-
-def _line_of_row(path: str, row: int) -> int:
-    """Line of a row in a JSONL file, counted from 1: blank lines are not rows."""
-    with Path(path).open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                if row == 0:
-                    return number
-                row -= 1
-    return row + 1
