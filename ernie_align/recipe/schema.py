@@ -124,7 +124,7 @@ class ModelBlock(Block):
     """The base model."""
 
     name: str = Field(description="Hub id (owner/name) or folder of a checkpoint in transformers' layout")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+    dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Of the loaded weights; routers stay in float32"
     )
     revision: str = Field("main", description="Branch, tag or commit on the hub; unused for a folder")

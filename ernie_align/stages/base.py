@@ -63,8 +63,9 @@ class Stage:
     recipe: its recipe class;
     scope: (recipe, anatomy) -> what it trains, from names and shapes alone; raises ModelError where nothing matches;
     wrap: (recipe, bundle) -> the same, done to the loaded model;
+    configure: (recipe, output folder) -> TRL's config; raises RecipeError where TRL refuses a value;
     encode: (recipe, renderer) -> the way from a canonical row to examples;
-    build_trainer: (recipe, bundle, batches, output folder, callbacks) -> a TRL trainer, ready to train.
+    build_trainer: (recipe, TRL's config, bundle, batches, callbacks) -> a TRL trainer, ready to train.
     """
 
     name: str
@@ -72,8 +73,9 @@ class Stage:
     recipe: type[Recipe]
     scope: Callable[[Any, Anatomy], list[Target] | list[Tensor]]
     wrap: Callable[[Any, Bundle], list[Target] | list[Tensor]]
+    configure: Callable[[Any, str], Any]
     encode: Callable[[Any, Renderer], Encoder]
-    build_trainer: Callable[[Any, Bundle, Batches, str, list[TrainerCallback]], Trainer]
+    build_trainer: Callable[[Any, Any, Bundle, Batches, list[TrainerCallback]], Trainer]
 
 
 def trl_config(cls: type, recipe: Recipe, *, output_dir: str, **owned: Any) -> Any:
@@ -99,13 +101,16 @@ def trl_config(cls: type, recipe: Recipe, *, output_dir: str, **owned: Any) -> A
 
 
 def inherited_defaults(recipe: Recipe) -> dict[str, Any]:
-    """Defaults that differ from TRL's because the recipe already says more. They are shown when a run starts."""
+    """Defaults that differ from TRL's because the recipe or the machine already says more. A run shows them first."""
+    import torch
+
     defaults: dict[str, Any] = {
         # TRL's default is bf16 autocast for every model; weights asked for in float32 are computed in float32
-        "bf16": recipe.model.dtype == "bfloat16",
-        "fp16": recipe.model.dtype == "float16",
+        "bf16": recipe.model.dtype == "bfloat16" and not recipe.training.get("fp16"),
         "report_to": ["tensorboard"],
     }
+    if not torch.accelerator.is_available():
+        defaults["use_cpu"] = True  # transformers refuses bf16 without it
     if recipe.data.eval and "eval_steps" in recipe.training:
         defaults["eval_strategy"] = "steps"
     return {key: value for key, value in defaults.items() if key not in recipe.training}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
@@ -16,6 +16,7 @@ from ernie_align.stages.upstream import SFT_CONFIG, training_model
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
+    from trl import SFTConfig
 
     from ernie_align.data.render import Renderer
     from ernie_align.models.load import Bundle
@@ -76,18 +77,10 @@ def _encode(recipe: SftRecipe | LoraRecipe, renderer: Renderer) -> RowEncoder:
     return RowEncoder(renderer, max_length=recipe.data.max_length, cut=recipe.data.overlong == "cut")
 
 
-def _build_trainer(
-    recipe: SftRecipe | LoraRecipe,
-    bundle: Bundle,
-    batches: Batches,
-    output_dir: str,
-    callbacks: list[TrainerCallback],
-) -> Trainer:
+def _configure(recipe: SftRecipe | LoraRecipe, output_dir: str) -> SFTConfig:
     from trl import SFTConfig
 
-    from ernie_align.stages.sft_trainer import SupervisedTrainer
-
-    args: Any = trl_config(
+    return trl_config(
         SFTConfig,
         recipe,
         output_dir=output_dir,
@@ -95,9 +88,20 @@ def _build_trainer(
         max_length=None,  # rows are already judged by length
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+
+
+def _build_trainer(
+    recipe: SftRecipe | LoraRecipe,
+    config: SFTConfig,
+    bundle: Bundle,
+    batches: Batches,
+    callbacks: list[TrainerCallback],
+) -> Trainer:
+    from ernie_align.stages.sft_trainer import SupervisedTrainer
+
     return SupervisedTrainer(
         model=bundle.model,
-        args=args,
+        args=config,
         data_collator=Collator(
             bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor, row_name=batches.row_name
         ),
@@ -115,6 +119,7 @@ SFT = Stage(
     recipe=SftRecipe,
     scope=lambda recipe, anatomy: tuned_tensors(anatomy, recipe.tune),
     wrap=lambda recipe, bundle: unfreeze(bundle, recipe.tune),
+    configure=_configure,
     encode=_encode,
     build_trainer=_build_trainer,
 )
@@ -124,6 +129,7 @@ LORA = Stage(
     recipe=LoraRecipe,
     scope=lambda recipe, anatomy: adapter_targets(anatomy, recipe.adapter),
     wrap=lambda recipe, bundle: attach(bundle, recipe.adapter),
+    configure=_configure,
     encode=_encode,
     build_trainer=_build_trainer,
 )

@@ -36,6 +36,10 @@ class SupervisedTrainer(SFTTrainer):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         self.watch.finite(loss.detach(), "loss", self.state.global_step + 1)
+        if self.model.training and not loss.requires_grad:
+            # A batch of text where only vision parts are trained: nothing in scope is on its way, it teaches nothing.
+            loss = loss + 0 * sum(weight.sum() for weight in model.parameters() if weight.requires_grad)
+            result = (loss, *result[1:]) if return_outputs else loss
         if not self.model.training:
             self._count_evaluated(loss.detach(), inputs["labels"])
             self.watch.step_done()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ernie_align.errors import RunError
-from ernie_align.models.routing import check_routing, count_routed_tokens
+from ernie_align.models.routing import check_routing, count_routed_tokens, pool_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, row_name: Callable[[int, int], str]):
-        self.model = model
+        self.blocks = pool_blocks(model)
         self.row_name = row_name
         self.rows: list[tuple[int, int]] = []  # of the step so far
 
@@ -41,7 +41,7 @@ class Watch:
         """
         if rows is not None:
             self.rows += [tuple(row) for row in rows.tolist()]
-        with count_routed_tokens(self.model) as seen:
+        with count_routed_tokens(self.blocks) as seen:
             yield
         check_routing(seen, vision_tokens=vision_tokens, tokens=tokens)
 

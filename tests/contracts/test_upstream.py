@@ -1,0 +1,156 @@
+"""What we lean on in transformers, TRL, PEFT and datasets beyond their documented surface.
+
+A test here that fails after an upgrade says which room has to change, or that a way round is no longer needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import pytest
+import torch
+
+from ernie_align.models.files import CheckpointFiles
+
+
+def test_the_keys_read_from_the_source_are_those_of_trls_config():
+    """stages.upstream reads them without importing TRL."""
+    from trl import SFTConfig
+
+    from ernie_align.stages.upstream import SFT_CONFIG, training_model
+
+    real = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    told = set(training_model(SFT_CONFIG).model_fields)
+    assert told <= real | {"local_rank"} and real - told <= set(), real ^ told
+
+
+def test_every_key_that_is_set_elsewhere_is_a_key():
+    from ernie_align.stages import STAGES
+    from ernie_align.stages.upstream import SFT_CONFIG, training_model
+
+    keys = set(training_model(SFT_CONFIG).model_fields)
+    for stage in STAGES.values():
+        assert set(stage.recipe.owned_training_keys()) <= keys
+
+
+def test_private_methods_that_are_overridden_or_called():
+    """stages.sft_trainer overrides two, data.render calls one."""
+    from transformers import Trainer
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
+    from trl import SFTTrainer
+
+    assert list(inspect.signature(Trainer._get_grad_norm).parameters) == ["self", "model", "grad_norm"]
+    assert "_get_grad_norm" in inspect.getsource(Trainer._run_epoch)
+    assert "on_pre_optimizer_step" in inspect.getsource(Trainer._run_epoch).split("_get_grad_norm")[1]
+    assert "_send_telemetry" in inspect.getsource(SFTTrainer.__mro__[1].__init__)
+    assert "model_accepts_loss_kwargs" in inspect.getsource(Trainer._get_num_items_in_batch)
+    assert list(inspect.signature(TokenizersBackend._get_control_tokens).parameters) == ["self", "chat_template"]
+    source = inspect.getsource(SFTTrainer.compute_loss)
+    assert '_metrics[mode]["mean_token_accuracy"].append' in source
+
+
+def test_trl_takes_a_column_named_images_for_its_own():
+    """data.render calls the column `media`; when this fails it may have its natural name."""
+    from trl import SFTTrainer
+
+    assert '"images" in dataset_sample' in inspect.getsource(SFTTrainer.__init__)
+
+
+def test_the_vl_class_still_declines_loss_kwargs():
+    """stages.sft_trainer sets model_accepts_loss_kwargs; when this fails it need not."""
+    from transformers import Ernie4_5_VLMoeForConditionalGeneration
+
+    assert Ernie4_5_VLMoeForConditionalGeneration.accepts_loss_kwargs is False
+
+
+def test_correction_biases_still_come_back_trainable(checkpoints):
+    """models.load freezes them; when this fails it need not."""
+    from transformers import Ernie4_5_MoeForCausalLM
+
+    built = Ernie4_5_MoeForCausalLM.from_pretrained(checkpoints["moe"])
+    biases = [p for name, p in built.named_parameters() if name.endswith("e_score_correction_bias")]
+    assert biases and all(bias.requires_grad for bias in biases)
+
+
+def test_peft_still_rewrites_the_targets_of_the_text_family(checkpoints):
+    """models.adapters names the dense and shared MLPs as parameters; when this fails it may name modules."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Ernie4_5_MoeForCausalLM
+
+    base = Ernie4_5_MoeForCausalLM.from_pretrained(checkpoints["moe"])
+    names = [f"model.layers.1.mlp.shared_experts.{kind}_proj" for kind in ("gate", "up", "down")]
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=names))
+    adapted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert adapted and not any("shared_experts" in name for name in adapted)
+
+
+def test_transformers_still_misroutes_a_batch_without_the_tensor(checkpoints):
+    """models.modality derives it; when this fails the backbone does so itself."""
+    from transformers import Ernie4_5_VLMoeForConditionalGeneration
+
+    from ernie_align.models.routing import count_routed_tokens, pool_blocks
+
+    model = Ernie4_5_VLMoeForConditionalGeneration.from_pretrained(checkpoints["vl_moe"])
+    ids = torch.tensor([[3, model.config.image_start_token_id, model.config.image_end_token_id, 5]])
+    with count_routed_tokens(pool_blocks(model)) as seen, torch.no_grad():
+        model(input_ids=ids)
+    assert set(seen.vision.values()) == {0}
+
+
+def test_the_stock_processor_still_returns_the_routing_tensor():
+    """models.processor leaves it out; when this fails the stock one may be used."""
+    from transformers.models.ernie4_5_vl_moe.processing_ernie4_5_vl_moe import Ernie4_5_VLMoeProcessor
+
+    assert "moe_mm_token_type_ids" in inspect.getsource(Ernie4_5_VLMoeProcessor.__call__)
+
+
+def test_trainer_still_restores_a_full_model_in_part(checkpoints, text_rows, tmp_path):
+    """runs.train builds the model from the checkpoint; when this fails Trainer may be trusted with it."""
+    from transformers import Ernie4_5_VLMoeForConditionalGeneration
+
+    model = Ernie4_5_VLMoeForConditionalGeneration.from_pretrained(checkpoints["vl_moe"])
+    from safetensors.torch import load_file
+
+    saved = load_file(checkpoints["vl_moe"] / "model.safetensors")
+    result = model.load_state_dict(saved, strict=False)
+    assert len(result.missing_keys) > 10
+
+
+def test_sanitized_encoding_is_plain_encoding_where_nothing_is_marked(checkpoints):
+    """data.render sends every text through it."""
+    tokenizer = CheckpointFiles(str(checkpoints["vl_moe"])).tokenizer()
+    text = "<|begin_of_sentence|>User: Which digit? é\nAssistant: "
+    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"] == plain
+
+
+def test_the_tokenizer_class_is_the_one_transformers_chooses(checkpoints, family):
+    """models.files loads it directly, which takes no torch."""
+    from transformers import AutoTokenizer
+
+    ours = CheckpointFiles(str(checkpoints[family])).tokenizer()
+    theirs = AutoTokenizer.from_pretrained(checkpoints[family])
+    assert type(ours) is type(theirs) and ours.get_vocab() == theirs.get_vocab()
+
+
+def test_the_defaults_in_the_anatomy_are_the_classes():
+    """For keys that a config.json leaves out."""
+    import transformers
+
+    from ernie_align.models import anatomy
+
+    text = transformers.Ernie4_5_VLMoeConfig().text_config
+    moe, dense = transformers.Ernie4_5_MoeConfig(), transformers.Ernie4_5Config()
+    vision = transformers.Ernie4_5_VLMoeConfig().vision_config
+    for name, value in anatomy._TEXT_DEFAULTS.items():
+        assert value in {getattr(text, name, value), getattr(moe, name)}
+    assert all(getattr(dense, name) == value for name, value in anatomy._DENSE_DEFAULTS.items())
+    assert all(getattr(vision, name) == value for name, value in anatomy._VISION_DEFAULTS.items())
+
+
+@pytest.mark.parametrize("name", ["save_total_limit", "save_strategy", "save_steps", "dataset_num_proc"])
+def test_training_keys_that_we_read_ourselves_exist(name):
+    from trl import SFTConfig
+
+    assert name in {field.name for field in dataclasses.fields(SFTConfig)}
