@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ernie_align.data.collate import Collator
 from ernie_align.data.render import Renderer, Vision
 from ernie_align.data.row import Row
 from ernie_align.models.load import Bundle
-from ernie_align.models.modality import mm_token_type_ids
-from ernie_align.models.routing import check_routing, count_routed_tokens
+from ernie_align.models.modality import ModalityTokens, mm_token_type_ids
+from ernie_align.models.pixels import ImageSizes
+from ernie_align.models.routing import check_routing, count_routed_tokens, pool_blocks
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,18 @@ class Sampling:
         }
 
 
+def make_renderer(
+    tokenizer: TokenizersBackend, modality: ModalityTokens | None, sizes: ImageSizes | None, *, thinking: bool = False
+) -> Renderer:
+    """The renderer of a model, from what is known of its tokens and images (None: a text model)."""
+    if modality is None:
+        return Renderer(tokenizer, thinking=thinking)
+    return Renderer(tokenizer, Vision(modality.image, modality.ids, sizes.grid, sizes.tokens), thinking=thinking)
+
+
 def renderer_of(bundle: Bundle, *, thinking: bool = False) -> Renderer:
     """The renderer that belongs to a loaded model."""
-    if bundle.modality is None:
-        return Renderer(bundle.tokenizer, thinking=thinking)
-    vision = Vision(bundle.modality.image, bundle.modality.ids, bundle.image_sizes.grid, bundle.image_sizes.tokens)
-    return Renderer(bundle.tokenizer, vision, thinking=thinking)
+    return make_renderer(bundle.tokenizer, bundle.modality, bundle.image_sizes, thinking=thinking)
 
 
 def answer(bundle: Bundle, row: Row, *, sampling: Sampling | None = None, thinking: bool = False) -> str:
@@ -81,7 +91,7 @@ def _generate(bundle: Bundle, renderer: Renderer, batch: dict[str, Any], samplin
         # a sampled placeholder would ask the next forward for an image that is not there
         forbidden["suppress_tokens"] = sorted(bundle.modality.ids)
     model.eval()
-    with torch.no_grad(), count_routed_tokens(model) as seen:
+    with torch.no_grad(), count_routed_tokens(pool_blocks(model)) as seen:
         output = model.generate(
             **inputs,
             **sampling.as_kwargs(),

@@ -124,23 +124,23 @@ def _questions(file: str, media_root: str | None, format: str, limit: int | None
     source = Source(block, DataBlock(train=[block], format=format, media_root=media_root))
     for number, row in enumerate(canonical_rows(source)):
         last = row.messages[-1] if row.messages else {}
-        expected = row.columns.get("answer") or (last.get("content") if last.get("role") == "assistant" else None)
-        if row.plain is not None:
-            expected = expected or row.plain[1]
+        expected = row.columns.get("answer")
+        if expected is None:
+            expected = row.plain[1] if row.plain else last.get("content") if last.get("role") == "assistant" else None
         if expected is None:
             fix = "give the row an answer column, or an assistant turn at its end"
             raise DataError.at(source.row_name(number), "no answer is known", fix=fix)
-        place = f"{file} row {number}"
-        yield _Question(file, place, row, str(expected), str(row.columns.get("kind", "all")))
+        yield _Question(file, source.row_name(number), row, str(expected), str(row.columns.get("kind", "all")))
 
 
 def _figures(results: list[dict[str, Any]]) -> tuple[Figure, ...]:
     groups: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    files = list(dict.fromkeys(result["data"] for result in results))  # in the order they were given
     for result in results:
         groups[result["data"], result["kind"]].append(result["correct"])
     return tuple(
         Figure(file, kind, len(right), sum(right), sum(right) / len(right), wilson_interval(sum(right), len(right)))
-        for (file, kind), right in sorted(groups.items())
+        for (file, kind), right in sorted(groups.items(), key=lambda group: (files.index(group[0][0]), group[0][1]))
     )
 
 

@@ -72,6 +72,9 @@ class Terminal:
         for count in counts:
             for reason, number in count.dropped.items():
                 self.say(f"{count.name}: {number} rows dropped: {reason}")
+            if count.reasoning_left_out:
+                what = f"the reasoning of {count.reasoning_left_out} answers is not trained: thinking is off"
+                self.say(f"{count.name}: {what}")
             if count.examples > count.kept:
                 what = f"{count.kept} rows give {count.examples} examples"
                 self.say(

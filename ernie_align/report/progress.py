@@ -1,4 +1,4 @@
-"""Trainer's steps as a rich progress bar."""
+"""Trainer's steps as a rich progress bar, or as lines where the output is a file."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ class ProgressBar(TrainerCallback):
         values = "  ".join(f"{name} {value:.4f}" for name, value in self.values.items())
         if self.progress is not None:
             self.progress.update(self.task, values=values)
+            if not self.console.is_terminal and "loss" in (logs or {}):  # rich draws a bar only where it can redraw it
+                self.console.print(f"step {state.global_step} of {state.max_steps}: {values}")
         elif "eval_loss" in (logs or {}):
             self.console.print(
                 f"evaluated: loss {logs['eval_loss']:.4f}, accuracy {logs['eval_mean_token_accuracy']:.4f}"
