@@ -264,9 +264,9 @@ def test_the_preview_shows_token_label_and_pool(renderers, digits):
     examples, _ = judge(
         source_of(digits / "parity_test.jsonl", sample=1), RowEncoder(renderers["vl_moe"], max_length=64)
     )
-    stretches = preview(examples[0], renderers["vl_moe"])
+    stretches = preview(examples[0], renderers["vl_moe"])["example"]
     vision = [(stretch.text, stretch.repeat) for stretch in stretches if stretch.pool == "vision"]
     assert vision == [("<|IMAGE_START|>", 1), ("<|IMAGE_PLACEHOLDER|>", 4), ("<|IMAGE_END|>", 1)]
     assert [stretch.text for stretch in stretches if stretch.trained][-1] == "<|end_of_sentence|>"
-    lines = as_text(stretches).splitlines()
-    assert lines[0].split() == ["token", "trained", "pool"] and lines[-1].split()[-2:] == ["trained", "text"]
+    lines = as_text({"example": stretches}).splitlines()
+    assert lines[1].split() == ["token", "trained", "pool"] and lines[-1].split()[-2:] == ["trained", "text"]

@@ -14,6 +14,21 @@ if TYPE_CHECKING:
     import torch
 
 
+def counted_features() -> dict[str, Any]:
+    """Columns that the examples of every stage have, and by which rows are counted."""
+    from datasets import Value
+    from datasets.features import List
+
+    return {
+        "media": List({"path": Value("string"), "bytes": Value("binary")}),
+        "length": Value("int64"),  # by which training.train_sampling_strategy: group_by_length groups
+        "trained": Value("int64"),
+        "vision_tokens": Value("int64"),
+        "reasoning_left_out": Value("int64"),
+        "cut": Value("bool"),
+    }
+
+
 class RowEncoder:
     """Rows for supervised training: ids, labels and image references, one example per sequence.
 
@@ -30,25 +45,16 @@ class RowEncoder:
         from datasets import Value
         from datasets.features import List
 
-        return {
-            "input_ids": List(Value("int32")),
-            "labels": List(Value("int32")),
-            "media": List({"path": Value("string"), "bytes": Value("binary")}),
-            "vision_tokens": Value("int64"),
-            "length": Value("int64"),  # by which training.train_sampling_strategy: group_by_length groups
-            "trained": Value("int64"),
-            "reasoning_left_out": Value("int64"),
-        }
+        return {"input_ids": List(Value("int32")), "labels": List(Value("int32")), **counted_features()}
 
     def __call__(self, row: Row) -> list[dict[str, Any]]:
         """The row's examples. Raises RowFault and RowDropped."""
+        if row.endings:
+            raise RowFault("a preference row: this stage trains one answer", "train on it with stage: dpo")
         examples = self.renderer.examples(row, max_length=self.max_length, cut=self.cut)
         return [
             vars(example)
-            | {
-                "length": len(example.input_ids),
-                "trained": sum(label != IGNORED for label in example.labels),
-            }
+            | {"length": len(example.input_ids), "trained": sum(label != IGNORED for label in example.labels)}
             for example in examples
         ]
 
@@ -81,30 +87,42 @@ class Collator:
         import torch
 
         batch = {
-            "input_ids": self._pad([example["input_ids"] for example in examples], self.pad_token_id),
-            "attention_mask": self._pad([[1] * len(example["input_ids"]) for example in examples], 0),
-            "labels": self._pad([example["labels"] for example in examples], IGNORED),
+            "input_ids": pad([example["input_ids"] for example in examples], self.pad_token_id, left=self.left),
+            "attention_mask": pad([[1] * len(example["input_ids"]) for example in examples], 0, left=self.left),
+            "labels": pad([example["labels"] for example in examples], IGNORED, left=self.left),
             "rows": torch.tensor([example["rows"] for example in examples]),
             "vision_tokens": torch.tensor(sum(example["vision_tokens"] for example in examples)),
         }
-        images = [self._load(image, example["rows"]) for example in examples for image in example["media"]]
-        if images:
-            pixels = self.image_processor(images=images, return_tensors="pt")
-            batch["pixel_values"], batch["image_grid_thw"] = pixels["pixel_values"], pixels["image_grid_thw"]
-        return batch
+        return batch | pixels_of(examples, self.image_processor, self.row_name)
 
-    def _load(self, image: dict[str, Any], row: list[int]) -> Any:
-        try:
-            return media.load(image)
-        except RowFault as fault:
-            raise DataError.at(self.row_name(*row), fault.what, fix=fault.fix) from None
 
-    def _pad(self, rows: list[list[int]], value: int) -> torch.Tensor:
-        import torch
+def pixels_of(
+    examples: list[dict[str, Any]], image_processor: Any, row_name: Callable[[int, int], str]
+) -> dict[str, torch.Tensor]:
+    """pixel_values (patches, C·P²) and image_grid_thw (n, 3) of the examples' images; nothing where there is none.
 
-        width = max(map(len, rows))
-        padded = torch.full((len(rows), width), value, dtype=torch.long)
-        for number, row in enumerate(rows):
-            start = width - len(row) if self.left else 0
-            padded[number, start : start + len(row)] = torch.as_tensor(row, dtype=torch.long)
-        return padded
+    Raises DataError naming the row where an image is gone or broken since the row was judged.
+    """
+    images = []
+    for example in examples:
+        for image in example["media"]:
+            try:
+                images.append(media.load(image))
+            except RowFault as fault:
+                raise DataError.at(row_name(*example["rows"]), fault.what, fix=fault.fix) from None
+    if not images:
+        return {}
+    pixels = image_processor(images=images, return_tensors="pt")
+    return {"pixel_values": pixels["pixel_values"], "image_grid_thw": pixels["image_grid_thw"]}
+
+
+def pad(rows: list[list[int]], value: int, *, left: bool = False) -> torch.Tensor:
+    """Rows of different length -> (B, T) int64."""
+    import torch
+
+    width = max(map(len, rows))
+    padded = torch.full((len(rows), width), value, dtype=torch.long)
+    for number, row in enumerate(rows):
+        start = width - len(row) if left else 0
+        padded[number, start : start + len(row)] = torch.as_tensor(row, dtype=torch.long)
+    return padded

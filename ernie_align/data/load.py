@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -24,7 +25,8 @@ _SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled among each other
 class Encoder(Protocol):
     """A stage's way from a canonical row to its examples, all with the same columns.
 
-    Among them are those that are counted: `length`, `trained`, `vision_tokens`, `reasoning_left_out` and `media`.
+    Among them are those that are counted: `length`, `trained`, `vision_tokens`, `reasoning_left_out`, `cut`
+    and `media`.
     """
 
     def features(self) -> dict[str, Any]:
@@ -39,7 +41,8 @@ class SourceCount:
     """What became of one source's rows.
 
     trained: tokens with a label; without_images: examples that show none; reasoning_left_out: answers whose reasoning
-    is not trained because thinking is off; dropped: reason -> rows.
+    is not trained because thinking is off; cut: examples shortened to max_length; dropped: reason -> rows;
+    dropped_rows: reason -> names of the first of them.
     """
 
     name: str
@@ -53,7 +56,9 @@ class SourceCount:
     images: int = 0
     without_images: int = 0
     reasoning_left_out: int = 0
+    cut: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    dropped_rows: dict[str, list[str]] = field(default_factory=dict)
 
     def keep(self, examples: list[dict[str, Any]]) -> None:
         """Count one kept row and the examples it gave."""
@@ -65,13 +70,17 @@ class SourceCount:
             self.trained += example["trained"]
             self.vision_tokens += example["vision_tokens"]
             self.reasoning_left_out += example["reasoning_left_out"]
+            self.cut += example["cut"]
             self.images += len(example["media"])
             self.without_images += not example["media"]
 
-    def drop(self, reason: str) -> None:
-        """Count one dropped row."""
+    def drop(self, reason: str, row_name: Callable[[], str]) -> None:
+        """Count one dropped row; row_name is asked for the first ones only."""
         self.rows += 1
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        named = self.dropped_rows.setdefault(reason, [])
+        if len(named) < _SHOWN_FAULTS:
+            named.append(row_name())
 
 
 def prepare(
@@ -134,7 +143,7 @@ def judge(source: Source, encode: Encoder) -> tuple[list[dict[str, Any]], Source
         if verdict.fault is not None:
             faults.append((number, verdict.fault, verdict.fix))
         elif verdict.dropped is not None:
-            count.drop(verdict.dropped)
+            count.drop(verdict.dropped, partial(source.row_name, number))
         else:
             count.keep(verdict.examples)
             examples += verdict.examples
@@ -198,16 +207,15 @@ def _sound(judged: Dataset, source: Source, count: SourceCount) -> Dataset:
     table = judged.with_format("arrow")[:]
     numbers = pc.list_element(table["rows"], 1)
     faulty = pc.indices_nonzero(pc.is_valid(table["fault"])).to_pylist()
-    dropped = table["dropped"].drop_null().to_pylist()
-    for reason in dropped:
-        count.drop(reason)
+    for place in pc.indices_nonzero(pc.is_valid(table["dropped"])).to_pylist():
+        count.drop(table["dropped"][place].as_py(), partial(source.row_name, numbers[place].as_py()))
     kept = pc.indices_nonzero(pc.and_(pc.is_null(table["fault"]), pc.is_null(table["dropped"])))
     count.kept = len(pc.unique(numbers.take(kept)))
     count.rows += count.kept
     _raise(source, ((numbers[i].as_py(), table["fault"][i].as_py(), table["fix"][i].as_py()) for i in faulty), count)
     count.examples = len(kept)
-    count.tokens, count.trained, count.vision_tokens, count.reasoning_left_out = (
-        pc.sum(table[name]).as_py() for name in ("length", "trained", "vision_tokens", "reasoning_left_out")
+    count.tokens, count.trained, count.vision_tokens, count.reasoning_left_out, count.cut = (
+        pc.sum(table[name]).as_py() for name in ("length", "trained", "vision_tokens", "reasoning_left_out", "cut")
     )
     images = pc.list_value_length(table["media"])
     count.images, count.without_images = pc.sum(images).as_py(), pc.sum(pc.equal(images, 0)).as_py()
@@ -237,7 +245,7 @@ def _stream(source: Source, encode: Encoder, number: int, count: SourceCount) ->
             if verdict.fault is not None:
                 raise DataError.at(source.row_name(index), verdict.fault, fix=verdict.fix or "")
             if verdict.dropped is not None:
-                count.drop(verdict.dropped)
+                count.drop(verdict.dropped, partial(source.row_name, index))
                 continue
             count.keep(verdict.examples)
             for example in verdict.examples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -24,23 +25,40 @@ class Stretch:
         return "vision" if self.vision else "text"
 
 
-def preview(example: dict[str, Any], renderer: Renderer) -> list[Stretch]:
+def preview(example: dict[str, Any], renderer: Renderer) -> dict[str, list[Stretch]]:
+    """What the example consists of: `example`, or `prompt`, `chosen` and `rejected`."""
+    if "labels" in example:
+        trained = [label != IGNORED for label in example["labels"]]
+        return {"example": _stretches(example["input_ids"], trained, renderer)}
+    sides = {side: _stretches(example[f"{side}_ids"], example[f"{side}_mask"], renderer) for side in _SIDES}
+    prompt = example["prompt_ids"]
+    return {"prompt": _stretches(prompt, [0] * len(prompt), renderer), **sides}
+
+
+_SIDES = ("chosen", "rejected")
+
+
+def _stretches(ids: list[int], trained: Sequence[int], renderer: Renderer) -> list[Stretch]:
     """One stretch per token; a run of placeholders is one stretch."""
     tokenizer, vision_ids = renderer.tokenizer, renderer.vision.ids if renderer.vision else frozenset()
-    pairs = zip(example["input_ids"], example["labels"], strict=True)
+    pairs = zip(ids, map(bool, trained), strict=True)
     stretches = []
-    for (token, trained), run in groupby(pairs, key=lambda pair: (pair[0], pair[1] != IGNORED)):
+    for (token, is_trained), run in groupby(pairs):
         count = len(list(run))
         text = tokenizer.convert_ids_to_tokens(int(token)).replace("▁", " ")
         if token in vision_ids:
-            stretches.append(Stretch(text, trained, True, count))
+            stretches.append(Stretch(text, is_trained, True, count))
         else:
-            stretches += [Stretch(text, trained, False)] * count
+            stretches += [Stretch(text, is_trained, False)] * count
     return stretches
 
 
-def as_text(stretches: list[Stretch]) -> str:
-    """A table of plain text: token, trained or not, pool."""
+def as_text(parts: dict[str, list[Stretch]]) -> str:
+    """Tables of plain text: token, trained or not, pool."""
+    return "\n".join(f"{name}\n{_table(stretches)}" for name, stretches in parts.items())
+
+
+def _table(stretches: list[Stretch]) -> str:
     names = [repr(stretch.text)[1:-1] + (f" x{stretch.repeat}" if stretch.repeat > 1 else "") for stretch in stretches]
     width = max(map(len, names), default=0)
     lines = [

@@ -43,7 +43,7 @@ class Example:
 
     media: references to its images, in order (not `images`: TRL takes every data set with a column of that name for
     one that it has to process itself); vision_tokens: those the images ask for, start and end included, by their sizes;
-    reasoning_left_out: answers whose reasoning is not trained, because thinking is off.
+    reasoning_left_out: answers whose reasoning is not trained, because thinking is off; cut: shortened to max_length.
     """
 
     input_ids: list[int]
@@ -51,6 +51,7 @@ class Example:
     media: list[dict[str, Any]] = field(default_factory=list)
     vision_tokens: int = 0
     reasoning_left_out: int = 0
+    cut: bool = False
 
 
 @dataclass
@@ -92,10 +93,13 @@ class Renderer:
             fitting = [end for end in sequence.ends if end[0] + sum(tokens[: end[1]]) - end[1] <= max_length]
             if len(fitting) < len(sequence.ends) and not cut:
                 raise RowDropped(f"over data.max_length {max_length}")
+            if not fitting and result:
+                result[-1].cut = True
             if fitting:
                 length, images = fitting[-1]
                 example = self._expand(sequence.ids[:length], sequence.labels[:length], row.images[:images], tokens)
                 example.reasoning_left_out = sequence.reasoning_left_out
+                example.cut = len(fitting) < len(sequence.ends)
                 result.append(example)
         if not result:
             raise RowDropped(f"over data.max_length {max_length}")

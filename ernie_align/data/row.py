@@ -25,6 +25,20 @@ class RowDropped(ValueError):
 
 
 @dataclass
+class Ending:
+    """One of several ways a conversation may go on, and how good it is: higher is better.
+
+    messages: from the assistant's first turn on; text: instead of them in a row without turns; fault: what is wrong
+    with this side alone.
+    """
+
+    rank: float
+    messages: list[Message] = field(default_factory=list)
+    text: str | None = None
+    fault: RowFault | None = None
+
+
+@dataclass
 class Row:
     """One row.
 
@@ -32,6 +46,7 @@ class Row:
         an assistant message may carry `reasoning_content`, `tool_calls` and `label` (0: this turn is not trained).
     images: one reference `{"path": ..., "bytes": ...}` for each image part, in their order.
     plain: (prompt, completion) of a row without turns; messages is then empty and no chat template is used.
+    endings: of a preference row, whose messages are then the prompt alone.
     thinking: enable_thinking of the chat template for this row; None leaves it to the recipe.
     columns: everything else the row held, such as `kind` and `answer`.
     """
@@ -39,6 +54,7 @@ class Row:
     messages: list[Message] = field(default_factory=list)
     images: list[dict[str, Any]] = field(default_factory=list)
     plain: tuple[str, str] | None = None
+    endings: list[Ending] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
     thinking: bool | None = None
     columns: dict[str, Any] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -51,6 +51,13 @@ class Block(BaseModel):
     def where(self, key: str) -> str:
         """`file:line:column  dotted.key` of `key`, or of the block where the user left the key out."""
         return self._places.get(key) or self._places.get("") or key
+
+    def updated(self, **values: Any) -> Self:
+        """The same block with other values, judged like any other; its keys stand where they stood."""
+        block = type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **values})
+        for name in self.__private_attributes__:
+            setattr(block, name, getattr(self, name))
+        return block
 
 
 def parse_layers(layers: str | list[int]) -> list[int] | None:
@@ -209,7 +216,19 @@ class TuneBlock(Block):
         return dict.fromkeys(PARTS if self.scopes == "all" else self.scopes, PartTune())
 
 
-Format = Literal["messages", "prompt_completion", "sharegpt", "alpaca", "erniekit", "erniekit_vl"]
+Format = Literal[
+    "messages",
+    "prompt_completion",
+    "sharegpt",
+    "alpaca",
+    "erniekit",
+    "erniekit_vl",
+    "preference",
+    "sharegpt_preference",
+    "alpaca_preference",
+    "erniekit_preference",
+    "ultrafeedback",
+]
 
 
 class SourceBlock(Block):
@@ -247,7 +266,8 @@ class DataBlock(Block):
     media_root: str | None = Field(None, description="Folder of the images; otherwise the folder of the source's file")
     max_length: int = Field(4096, ge=8, description="Tokens of a row, image tokens included")
     overlong: Literal["drop", "cut"] = Field(
-        "drop", description="A row over max_length: drop it whole, or cut it after the last turn that fits"
+        "drop",
+        description="A row over max_length: drop it, or cut it at a turn (its end; of a pair, the prompt's beginning)",
     )
     thinking: bool = Field(False, description="enable_thinking of the chat template; a row may override it")
     streaming: bool = Field(False, description="Read rows as they are needed; needs training.max_steps")

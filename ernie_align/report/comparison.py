@@ -13,7 +13,8 @@ from ernie_align.evaluation import Report
 
 def comparison(reports: Sequence[Report]) -> Table:
     """One row per file and kind of question, one column per checkpoint: exact match, its 95 % interval, counts."""
-    table = Table("data", "kind", "n", title="exact match, with its 95 % interval", title_justify="left")
+    metric = reports[0].settings["metrics"].replace("_", " ")
+    table = Table("data", "kind", "n", title=f"{metric}, with its 95 % interval", title_justify="left")
     for report in reports:
         table.add_column(escape(short_name(report.checkpoint)), justify="right")
     by_question = [{(figure.data, figure.kind): figure for figure in report.figures} for report in reports]
@@ -25,7 +26,7 @@ def comparison(reports: Sequence[Report]) -> Table:
         for figures in by_question:
             own = figures[question]
             low, high = own.interval
-            cells.append(f"{100 * own.exact_match:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
+            cells.append(f"{100 * own.value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
         name = PurePath(figure.data).name if figure.data != previous else ""
         table.add_row(escape(name), figure.kind, str(figure.n), *cells)
         previous = figure.data

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 _WIDTH_OF_FILES = 140
+_SHOWN_DROPS = 3  # data.json names more
 
 
 class Terminal:
@@ -71,7 +72,11 @@ class Terminal:
         self.console.print(rows)
         for count in counts:
             for reason, number in count.dropped.items():
-                self.say(f"{count.name}: {number} rows dropped: {reason}")
+                named = count.dropped_rows[reason][:_SHOWN_DROPS]
+                more = ", ..." if number > len(named) else ""
+                self.say(f"{count.name}: {number} rows dropped: {reason} ({', '.join(named)}{more})")
+            if count.cut:
+                self.say(f"{count.name}: {count.cut} examples cut to data.max_length, at a turn")
             if count.reasoning_left_out:
                 what = f"the reasoning of {count.reasoning_left_out} answers is not trained: thinking is off"
                 self.say(f"{count.name}: {what}")
@@ -81,18 +86,17 @@ class Terminal:
                     f"{count.name}: {what}: the template renders history unlike the turn it was, so turns stand apart"
                 )
 
-    def preview(self, stretches: list[Stretch]) -> None:
+    def preview(self, parts: dict[str, list[Stretch]]) -> None:
         """The first example: what is trained in green, what goes to the vision pool in magenta."""
-        text = Text()
-        for stretch in stretches:
-            style = "bold green" if stretch.trained else "magenta" if stretch.vision else "dim"
-            shown = stretch.text.replace("\n", "⏎\n")
-            text.append(shown + (f"x{stretch.repeat}" if stretch.repeat > 1 else ""), style=style)
-        legend = Text.assemble(
-            "one example: ", ("trained", "bold green"), ", ", ("vision pool", "magenta"), ", ", ("context", "dim")
-        )
-        self.console.print(legend)
-        self.console.print(text)
+        colours = (("trained", "bold green"), ", ", ("vision pool", "magenta"), ", ", ("context", "dim"))
+        self.console.print(Text.assemble("one example: ", *colours))
+        for name, stretches in parts.items():
+            text = Text(f"{name}: " if len(parts) > 1 else "")
+            for stretch in stretches:
+                style = "bold green" if stretch.trained else "magenta" if stretch.vision else "dim"
+                shown = stretch.text.replace("\n", "⏎\n")
+                text.append(shown + (f"x{stretch.repeat}" if stretch.repeat > 1 else ""), style=style)
+            self.console.print(text)
 
     def progress(self) -> list[TrainerCallback]:
         """A bar with steps, loss and accuracy."""

@@ -6,7 +6,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-_SHOWN = {"loss": "loss", "mean_token_accuracy": "accuracy", "eval_loss": "eval loss"}
+_SHOWN = {
+    "loss": "loss",
+    "mean_token_accuracy": "accuracy",
+    "rewards/accuracies": "preferred",
+    "eval_loss": "eval loss",
+}
 
 
 class ProgressBar(TrainerCallback):

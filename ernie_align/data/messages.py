@@ -1,0 +1,191 @@
+"""Messages of the world -> messages in one spelling: parts, images, tool calls and reasoning where they belong."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ernie_align.data import media
+from ernie_align.data.row import Message, Row, RowFault, images_in
+
+ROLES = ("system", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
+_THINKING = re.compile(r"\s*<think>\n?(.*?)\n?</think>\s*", re.DOTALL)
+_PLACEHOLDER = "<image>"  # in the text of rows that carry an images column: the convention of ShareGPT-style sets
+
+
+def system_message(row: Mapping[str, Any]) -> list[Message]:
+    """The system column as a message, if there is one."""
+    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
+
+
+def answer(text: Any) -> Message:
+    """An assistant's turn."""
+    return {"role": "assistant", "content": text}
+
+
+def column_list(row: Mapping[str, Any], *keys: str) -> list[Any]:
+    """The first of these columns that is there, as a list."""
+    value = next((row[key] for key in keys if row.get(key) is not None), [])
+    return value if isinstance(value, list) else [value]
+
+
+def sharegpt_message(turn: Mapping[str, Any]) -> Message:
+    """`{"from": ..., "value": ...}` as a message. Raises RowFault for an unknown speaker."""
+    speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    role = _SHAREGPT_ROLES.get(speaker)
+    if role is None:
+        raise RowFault(f"{speaker!r} speaks", f"speakers are {', '.join(_SHAREGPT_ROLES)}")
+    message: Message = {"role": role, "content": text}
+    if speaker == "function_call":
+        message = {"role": role, "content": "", "tool_calls": _tool_calls(text)}
+    if turn.get("label") is not None:
+        message["label"] = turn["label"]
+    return message
+
+
+def take_images(messages: list[Message], root: Path | None) -> tuple[list[Message], list[dict[str, Any]]]:
+    """Image parts that carry their image -> bare parts and the images. Bare ones are filled from the images column."""
+    images: list[dict[str, Any]] = []
+    bare, result = 0, []
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
+            result.append(dict(message) if isinstance(message, Mapping) else message)
+            continue
+        parts = []
+        for part in message["content"]:
+            part = {key: value for key, value in part.items() if value is not None}
+            if part.get("type") in ("image", "image_url"):
+                source = next(
+                    (part[key] for key in ("image_url", "image", "path", "url", "bytes") if key in part), None
+                )
+                bare += source is None
+                if source is not None:
+                    images.append(media.reference(source, root))
+                part = {"type": "image"}
+            parts.append(part)
+        result.append({**message, "content": parts})
+    if bare and images:
+        raise RowFault(f"{len(images)} image parts carry their image and {bare} do not", "write all in one way")
+    return result, images
+
+
+def normal_message(message: Any) -> Message:
+    """A message in the one spelling of data.row. Raises RowFault where it cannot be one."""
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise RowFault("a message without a role", 'write {"role": ..., "content": ...}')
+    message = {key: value for key, value in message.items() if value is not None}
+    if message["role"] not in ROLES:
+        raise RowFault(f"role {message['role']!r}", f"roles are {', '.join(ROLES)}")
+    if "weight" in message:  # OpenAI's spelling of the same thing
+        message.setdefault("label", message.pop("weight"))
+    content = message.setdefault("content", "")
+    if isinstance(content, list):
+        for part in content:
+            kind = part.get("type")
+            if kind in ("video", "video_url"):
+                raise RowFault("a video: videos are not trained on yet", "drop the row, or give frames as images")
+            if kind not in ("text", "image") or (kind == "text" and not isinstance(part.get("text"), str)):
+                raise RowFault(f"a content part of type {kind!r}", "parts are text and image")
+            if kind == "image" and message["role"] == "assistant":
+                raise RowFault("an image in an answer", "the model writes text: put the image into the question")
+    elif not isinstance(content, str):
+        raise RowFault(f"content is {type(content).__name__}", "content is text or a list of parts")
+    if message["role"] == "assistant":
+        _assistant(message)
+    return message
+
+
+def _assistant(message: Message) -> None:
+    if isinstance(message["content"], list):
+        message["content"] = "".join(part["text"] for part in message["content"])
+    if message.get("tool_calls"):
+        message["tool_calls"] = _tool_calls(message["tool_calls"])
+    inline = _THINKING.match(message["content"])
+    if inline and not message.get("reasoning_content"):
+        message["reasoning_content"] = inline.group(1)
+        message["content"] = message["content"][inline.end() :]
+    if message.get("label", 1) not in (0, 1):
+        raise RowFault(f"label {message['label']!r}", "a label is 1 (trained) or 0")
+    if message.get("label", 1) and not message["content"].strip() and not message.get("tool_calls"):
+        raise RowFault("an empty answer", "drop the row, or set its label to 0")
+
+
+def _tool_calls(calls: Any) -> list[dict[str, Any]]:
+    calls = _parsed(calls, "tool_calls")
+    result = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call)
+        if "name" not in function:
+            raise RowFault("a tool call without a name", 'write {"name": ..., "arguments": {...}}')
+        arguments = _parsed(function.get("arguments") or {}, "the arguments of a tool call")
+        result.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return result
+
+
+def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Declarations of the tools that the template shows. Raises RowFault where they are no JSON."""
+    return _parsed(row.get("tools"), "tools") or None
+
+
+def _parsed(value: Any, what: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except ValueError as error:
+        raise RowFault(f"{what}: not JSON ({error})", "mend the JSON") from None
+
+
+def thinking_of(row: Mapping[str, Any]) -> bool | None:
+    """What the row says about thinking, if it does."""
+    nested = row.get("chat_template_kwargs") or {}
+    for value in (row.get("thinking"), row.get("enable_thinking"), nested.get("enable_thinking")):
+        if value is not None:
+            if not isinstance(value, bool):
+                raise RowFault(f"thinking is {value!r}", "write true or false")
+            return value
+    return None
+
+
+def place_images(row: Row) -> None:
+    """Give each image its part: parts as written, else `<image>` in the texts, else before the first user turn."""
+    if row.images and row.plain is not None:
+        raise RowFault("images in a row of plain text", "write prompt and completion as messages")
+    if row.images and not images_in(row.messages):
+        users = [message for message in row.messages if message["role"] == "user"]
+        for message in users:
+            if isinstance(message["content"], str) and _PLACEHOLDER in message["content"]:
+                message["content"] = _split(message["content"])
+        if users and not images_in(row.messages):  # TRL's rule for rows that say nothing about where
+            text = users[0]["content"]
+            parts = text if isinstance(text, list) else [{"type": "text", "text": text}]
+            users[0]["content"] = [*({"type": "image"} for _ in row.images), *parts]
+    if images_in(row.messages) != len(row.images):
+        what = f"{images_in(row.messages)} image parts for {len(row.images)} images"
+        raise RowFault(what, "give one image for each part, in the images column or in the part")
+
+
+def _split(text: str) -> list[dict[str, Any]]:
+    pieces = text.split(_PLACEHOLDER)
+    parts: list[dict[str, Any]] = []
+    for number, piece in enumerate(pieces):
+        if number:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts

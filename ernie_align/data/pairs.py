@@ -1,0 +1,178 @@
+"""Preference rows -> pairs of answers to one prompt, and their batches."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations, pairwise
+from typing import TYPE_CHECKING, Any, Literal
+
+from ernie_align.data.collate import counted_features, pad, pixels_of
+from ernie_align.data.render import IGNORED, Example, Renderer
+from ernie_align.data.row import Ending, Message, Row, RowDropped, RowFault, images_in
+
+if TYPE_CHECKING:
+    import torch
+
+Pairing = Literal["best_worst", "adjacent", "all"]
+
+
+def pairs_of(endings: list[Ending], pairing: Pairing) -> list[tuple[Ending, Ending]]:
+    """(better, worse) by rank; endings of the same rank are never compared."""
+    ranked = sorted(endings, key=lambda ending: -ending.rank)
+    if pairing == "best_worst":
+        pairs = [(ranked[0], ranked[-1])]
+    elif pairing == "adjacent":
+        pairs = list(pairwise(ranked))
+    else:
+        pairs = list(combinations(ranked, 2))
+    return [(better, worse) for better, worse in pairs if better.rank > worse.rank]
+
+
+class PairEncoder:
+    """Rows for preference training: one example per pair.
+
+    max_length: tokens of the prompt with the longer answer, image tokens included; cut: drop the oldest exchanges of a
+    longer prompt, never one with an image and never an answer; drop_bad_pairs: leave out pairs that teach nothing
+    (equal sides, an empty one, an image in only one) instead of stopping.
+    """
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        *,
+        max_length: int,
+        cut: bool = False,
+        pairing: Pairing = "best_worst",
+        drop_bad_pairs: bool = False,
+    ):
+        self.renderer = renderer
+        self.max_length = max_length
+        self.cut = cut
+        self.pairing = pairing
+        self.drop_bad_pairs = drop_bad_pairs
+
+    def features(self) -> dict[str, Any]:
+        """Columns of an example: a mask has one entry per token of its answer, 0 where the model does not speak."""
+        from datasets import Value
+        from datasets.features import List
+
+        names = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask")
+        return {**{name: List(Value("int32")) for name in names}, **counted_features()}
+
+    def __call__(self, row: Row) -> list[dict[str, Any]]:
+        """The row's pairs. Raises RowFault and RowDropped."""
+        if not row.endings:
+            raise RowFault("no preference: a row without chosen and rejected", "train on it with stage: sft or lora")
+        pairs = pairs_of(row.endings, self.pairing)
+        if not pairs:
+            raise self._bad("all answers have the same rank", "rank them, or drop the row")
+        return [self._encode(row, better, worse) for better, worse in pairs]
+
+    def _bad(self, what: str, fix: str) -> RowFault | RowDropped:
+        return RowDropped(what) if self.drop_bad_pairs else RowFault(what, f"{fix}, or set dpo.bad_pairs: drop")
+
+    def _encode(self, row: Row, better: Ending, worse: Ending) -> dict[str, Any]:
+        for name, ending in (("chosen", better), ("rejected", worse)):
+            if ending.fault is not None:
+                raise self._bad(f"{name}: {ending.fault.what}", ending.fault.fix)
+            if ending.text is not None and not ending.text.strip():
+                raise self._bad(f"{name}: an empty answer", "drop the row")
+        cut, messages = False, row.messages
+        while True:
+            chosen, rejected = (self._render(row, messages, ending) for ending in (better, worse))
+            if chosen.input_ids == rejected.input_ids:
+                raise self._bad("chosen equals rejected", "drop the row")
+            if max(len(chosen.input_ids), len(rejected.input_ids)) <= self.max_length:
+                return _columns(chosen, rejected, cut)
+            shorter = _without_oldest_exchange(messages) if self.cut and row.plain is None else None
+            if shorter is None:
+                raise RowDropped(f"over data.max_length {self.max_length}")
+            cut, messages = True, shorter
+
+    def _render(self, row: Row, messages: list[Message], ending: Ending) -> Example:
+        if row.plain is not None:
+            side = replace(row, plain=(row.plain[0], ending.text))
+        else:  # what stands in the prompt is context, whoever said it
+            context = [message | {"label": 0} if message["role"] == "assistant" else message for message in messages]
+            side = replace(row, messages=[*context, *ending.messages])
+        examples = self.renderer.examples(side, max_length=sys.maxsize)
+        if len(examples) > 1:
+            what = "an answer of several turns, of which the template renders the earlier ones unlike they were said"
+            raise RowFault(what, "move the earlier turns into the prompt")
+        return examples[0]
+
+
+def _columns(chosen: Example, rejected: Example, cut: bool) -> dict[str, Any]:
+    start = next(place for place, label in enumerate(chosen.labels) if label != IGNORED)
+    if rejected.input_ids[:start] != chosen.input_ids[:start] or rejected.labels[start] == IGNORED:
+        raise AssertionError("both sides of a pair answer the same prompt")
+    sides = {
+        name: values
+        for side, example in (("chosen", chosen), ("rejected", rejected))
+        for name, values in (
+            (f"{side}_ids", example.input_ids[start:]),
+            (f"{side}_mask", [int(label != IGNORED) for label in example.labels[start:]]),
+        )
+    }
+    return {
+        "prompt_ids": chosen.input_ids[:start],
+        **sides,
+        "media": chosen.media,
+        "length": len(chosen.input_ids) + len(rejected.input_ids),
+        "trained": sum(sides["chosen_mask"]) + sum(sides["rejected_mask"]),
+        "vision_tokens": chosen.vision_tokens + rejected.vision_tokens,
+        "reasoning_left_out": chosen.reasoning_left_out + rejected.reasoning_left_out,
+        "cut": cut,
+    }
+
+
+def _without_oldest_exchange(messages: list[Message]) -> list[Message] | None:
+    """The prompt without its oldest question and what was said to it; None if only images and the last are left."""
+    questions = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    for start, end in pairwise(questions):
+        if not images_in(messages[start:end]):
+            return messages[:start] + messages[end:]
+    return None
+
+
+class PairCollator:
+    """Pairs -> input_ids (2P, T), attention_mask (2P, T), completion_mask (2P, T): the chosen answers of all pairs,
+    then the rejected ones, each behind its prompt; and pixel_values (patches, C·P²), image_grid_thw (n, 3), all twice.
+
+    `rows` (P, 2) and `vision_tokens` () come along as from Collator; `ref_chosen_logps` and `ref_rejected_logps` (P,)
+    where they were computed beforehand.
+    row_name: (source, row) -> the row's name, for errors.
+    """
+
+    def __init__(
+        self,
+        pad_token_id: int,
+        *,
+        image_processor: Any = None,
+        row_name: Callable[[int, int], str] = lambda source, row: f"row {row} of source {source}",
+    ):
+        self.pad_token_id = pad_token_id
+        self.image_processor = image_processor
+        self.row_name = row_name
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Raises DataError where an image is gone or broken since the row was judged."""
+        import torch
+
+        sides = [(example, side) for side in ("chosen", "rejected") for example in examples]
+        ids = [[*example["prompt_ids"], *example[f"{side}_ids"]] for example, side in sides]
+        masks = [[0] * len(example["prompt_ids"]) + [*example[f"{side}_mask"]] for example, side in sides]
+        batch = {
+            "input_ids": pad(ids, self.pad_token_id),
+            "attention_mask": pad([[1] * len(row) for row in ids], 0),
+            "completion_mask": pad(masks, 0),
+            "rows": torch.tensor([example["rows"] for example in examples]),
+            "vision_tokens": torch.tensor(sum(example["vision_tokens"] for example in examples)),
+        }
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            if name in examples[0]:
+                batch[name] = torch.tensor([example[name] for example in examples])
+        pixels = pixels_of(examples, self.image_processor, self.row_name)  # decoded once, shown to both sides
+        return batch | {name: torch.cat([values, values]) for name, values in pixels.items()}
