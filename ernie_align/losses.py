@@ -1,0 +1,97 @@
+"""Losses as pure functions of tensors.
+
+Shapes: B rows, T tokens, V vocabulary, P pairs. A log-probability of a sequence is the sum over its trained tokens; a
+log-ratio is log π(y|x) - log π_ref(y|x). y_w is the chosen answer of a pair, y_l the rejected one; s is the sigmoid.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def token_logps(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """Log-probability of each label given what stands before it.
+
+    logits (B, T, V), labels (B, T) with ignore_index where nothing is trained -> (B, T - 1) float32, there 0.
+    """
+    shifted = labels[:, 1:]
+    logps = torch.log_softmax(logits[:, :-1].float(), dim=-1)
+    chosen = logps.gather(-1, shifted.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    return chosen.masked_fill(shifted == ignore_index, 0.0)
+
+
+def length_normalized(
+    chosen_logps: Tensor, rejected_logps: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Each side's log-probability as if both answers had their mean length. All (P,); lengths in trained tokens.
+
+    log π(y) · L / |y|, L = (|y_w| + |y_l|) / 2
+    What the official ERNIE toolkit calls normalize_logps, on by default there.
+    """
+    mean = (chosen_lengths + rejected_lengths) / 2
+    return chosen_logps * mean / chosen_lengths, rejected_logps * mean / rejected_lengths
+
+
+def dpo_sigmoid(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
+    """(P,) log-ratios -> (P,).
+
+    -log s(β · (ratio_w - ratio_l))
+    Rafailov et al. (2023), Direct Preference Optimization, eq. 7. https://arxiv.org/abs/2305.18290
+    """
+    return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios))
+
+
+def hinge(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
+    """(P,) log-ratios -> (P,).
+
+    max(0, 1 - β · (ratio_w - ratio_l))
+    Zhao et al. (2023), SLiC-HF, https://arxiv.org/abs/2305.10425, on the ratios, as Liu et al. (2023), RSO, have it.
+    """
+    return torch.relu(1 - beta * (chosen_logratios - rejected_logratios))
+
+
+def ipo(
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    *,
+    beta: float,
+) -> Tensor:
+    """(P,) log-ratios and lengths in trained tokens -> (P,).
+
+    (ratio_w / |y_w| - ratio_l / |y_l| - 1 / 2β)²
+    Azar et al. (2023), A General Theoretical Paradigm, eq. 17, https://arxiv.org/abs/2310.12036; per token, as its
+    authors meant it.
+    """
+    return (chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths - 1 / (2 * beta)) ** 2
+
+
+def simpo(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    *,
+    beta: float,
+    gamma: float,
+) -> Tensor:
+    """(P,) log-probabilities of the policy and lengths in trained tokens -> (P,). Needs no reference.
+
+    -log s(β · log π(y_w) / |y_w| - β · log π(y_l) / |y_l| - gamma)
+    Meng et al. (2024), SimPO, eq. 6. https://arxiv.org/abs/2405.14734
+    """
+    return -F.logsigmoid(beta * (chosen_logps / chosen_lengths - rejected_logps / rejected_lengths) - gamma)
+
+
+def dpop(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, lambda_: float) -> Tensor:
+    """(P,) log-ratios -> (P,). DPO that is punished where the chosen answer becomes less likely than it was.
+
+    -log s(β · (ratio_w - ratio_l - λ · max(0, -ratio_w)))
+    Pal et al. (2024), Smaug: fixing failure modes of preference optimisation with DPO-positive, eq. 3.
+    https://arxiv.org/abs/2402.13228
+    """
+    fallen = torch.relu(-chosen_logratios)
+    return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - lambda_ * fallen))

@@ -1,0 +1,65 @@
+"""Losses by hand, and against TRL's own numbers on one batch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ernie_align import losses
+
+# One pair, small enough for paper: log-ratios 0.5 and -0.25, lengths 2 and 4, log-probabilities -1 and -6.
+CHOSEN, REJECTED = torch.tensor([0.5]), torch.tensor([-0.25])
+LONG, SHORT = torch.tensor([4]), torch.tensor([2])
+LOGP_CHOSEN, LOGP_REJECTED = torch.tensor([-1.0]), torch.tensor([-6.0])
+
+
+def log_sigmoid(value: float) -> float:
+    return -math.log(1 + math.exp(-value))
+
+
+def test_dpo_sigmoid():
+    """β (0.5 + 0.25) = 0.075"""
+    assert losses.dpo_sigmoid(CHOSEN, REJECTED, beta=0.1).item() == pytest.approx(-log_sigmoid(0.075))
+
+
+def test_dpo_of_equal_ratios_is_log_two():
+    assert losses.dpo_sigmoid(CHOSEN, CHOSEN, beta=0.1).item() == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_hinge():
+    """1 - 2 · 0.75 < 0, 1 - 0.1 · 0.75 = 0.925"""
+    assert losses.hinge(CHOSEN, REJECTED, beta=2.0).item() == 0
+    assert losses.hinge(CHOSEN, REJECTED, beta=0.1).item() == pytest.approx(0.925)
+
+
+def test_ipo():
+    """0.5 / 2 + 0.25 / 4 - 1 / 0.2 = 0.3125 - 5"""
+    assert losses.ipo(CHOSEN, REJECTED, SHORT, LONG, beta=0.1).item() == pytest.approx((0.3125 - 5) ** 2)
+
+
+def test_simpo():
+    """2 · (-1 / 2 + 6 / 4) - 0.5 = 1.5"""
+    found = losses.simpo(LOGP_CHOSEN, LOGP_REJECTED, SHORT, LONG, beta=2.0, gamma=0.5).item()
+    assert found == pytest.approx(-log_sigmoid(1.5))
+
+
+def test_dpop_punishes_a_chosen_answer_that_became_less_likely():
+    """A ratio of 0.5 goes free: DPO. One of -0.5 with λ 2 costs 1: 0.1 · (-0.5 + 0.25 - 1) = -0.125"""
+    free = losses.dpop(CHOSEN, REJECTED, beta=0.1, lambda_=2.0)
+    assert free.item() == losses.dpo_sigmoid(CHOSEN, REJECTED, beta=0.1).item()
+    fallen = losses.dpop(-CHOSEN, REJECTED, beta=0.1, lambda_=2.0).item()
+    assert fallen == pytest.approx(-log_sigmoid(-0.125))
+
+
+def test_length_normalized():
+    """Mean length 3: -1 · 3 / 2, -6 · 3 / 4"""
+    chosen, rejected = losses.length_normalized(LOGP_CHOSEN, LOGP_REJECTED, SHORT, LONG)
+    assert (chosen.item(), rejected.item()) == (-1.5, -4.5)
+
+
+def test_token_logps_leave_out_what_is_ignored():
+    """Two words of equal logits: each is said with probability one half."""
+    found = losses.token_logps(torch.zeros(1, 3, 2), torch.tensor([[0, -100, 1]]))
+    assert found.tolist() == [[0.0, pytest.approx(math.log(0.5))]]
