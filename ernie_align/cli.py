@@ -60,6 +60,8 @@ def check(
     checked = load_recipe(recipe, overrides=overrides or ())
     terminal = Terminal()
     setup = set_up(checked)
+    for note in setup.notes:
+        terminal.say(note)
     terminal.coverage(setup.coverage)
     example, counts = sample_data(setup, rows)
     terminal.sources(counts)
@@ -77,13 +79,18 @@ def evaluate_(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     thinking: Annotated[bool, typer.Option("--thinking/--no-thinking")] = False,
     media_root: Annotated[str | None, typer.Option(help="Folder of the images, if not the data's own.")] = None,
+    metrics: Annotated[
+        str, typer.Option(help="exact_match of greedy answers; preference: is the chosen answer more likely?")
+    ] = "exact_match",
     limit: Annotated[int | None, typer.Option(min=1, help="Rows of each file.")] = None,
 ) -> None:
-    """Ask checkpoints questions with known answers: exact match per kind, with a 95 % interval."""
+    """Ask checkpoints questions with known answers: figures per kind of question, with a 95 % interval."""
     from ernie_align.evaluation import evaluate, write_reports
     from ernie_align.report.comparison import comparison, short_name
     from ernie_align.report.console import Terminal, hush
 
+    if metrics not in ("exact_match", "preference"):
+        raise typer.BadParameter("choose from exact_match, preference", param_hint="--metrics")
     hush()
     terminal = Terminal()
     reports = []
@@ -96,6 +103,7 @@ def evaluate_(
                 max_new_tokens=max_new_tokens,
                 thinking=thinking,
                 media_root=media_root,
+                metrics=metrics,
                 limit=limit,
                 tick=tick,
             )

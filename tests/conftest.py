@@ -94,7 +94,7 @@ def recipe_of(stage: str, model: Path, train: Path, run_dir: Path, **blocks: Any
         },
         "run": {"dir": str(run_dir)},
     }
-    if stage == "lora":
+    if stage in ("lora", "dpo"):
         recipe["adapter"] = {"scopes": ["attention"], "rank": 4, "alpha": 8}
     for name, values in blocks.items():
         recipe[name] = {**recipe.get(name, {}), **values}

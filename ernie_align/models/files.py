@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import hashlib
 import json
 import re
 import shutil
@@ -96,6 +97,20 @@ class CheckpointFiles:
             fix = "put its chat_template.jinja into the folder; base models need one before they can be aligned to chat"
             raise ModelError.at(self.where or self.name, "the checkpoint has no chat template", fix=fix)
         return tokenizer
+
+    def fingerprint(self, adapter: str | None = None) -> str:
+        """Of the weights, with those of an adapter's folder: SHA-256 of the files, or the commit of a hub model."""
+        digest = hashlib.sha256()
+        folders = [Path(adapter)] if adapter else []
+        if self.is_folder:
+            folders.append(Path(self.name))
+        else:
+            digest.update(f"{self.name} {self._fetch('config.json').parent.name}".encode())  # snapshots/<commit>/
+        for folder in folders:
+            for path in sorted(folder.glob("*.safetensors")):
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
     def copy_processor(self, folder: str | Path) -> None:
         """Copy the tokenizer's, template's and processor's files into `folder`, byte for byte."""

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Bundle:
     """A loaded model with everything that belongs to it.
 
-    model: the transformers model, or a PeftModel around it once an adapter is on; files: where it came from;
+    model: the transformers model, or a PeftModel around it once an adapter is on; files: where it came from; weights:
+    the folder its weights came from instead, if one was given;
     modality, image_sizes, image_processor: None for a text model; processor: the tokenizer of a text model.
     """
 
@@ -34,6 +35,7 @@ class Bundle:
     modality: ModalityTokens | None = None
     image_sizes: ImageSizes | None = None
     image_processor: Any = None
+    weights: str | None = None
 
     def save_processor(self, folder: str) -> None:
         """Tokenizer, chat template and processor files, byte for byte as they came."""
@@ -65,7 +67,7 @@ def load_model(
     anatomy = Anatomy.from_config(config, where=where or f"{name}/config.json")
     tokenizer = files.tokenizer()
     model = _load_weights(weights or name, None if weights else revision, anatomy, dtype, attention)
-    bundle = Bundle(model, anatomy, files, tokenizer, processor=tokenizer)
+    bundle = Bundle(model, anatomy, files, tokenizer, processor=tokenizer, weights=weights)
     if anatomy.has_vision:
         from ernie_align.models.processor import make_processor
 

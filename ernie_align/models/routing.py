@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ernie_align.errors import ModelError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass
@@ -52,6 +52,47 @@ def count_routed_tokens(blocks: dict[str, nn.Module]) -> Iterator[RoutedTokens]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def record_experts(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Experts that each router chooses in one forward: name of the router -> (N, k) ids in rising order.
+
+    N counts the tokens of its pool, row by row of the batch.
+    """
+    chosen: dict[str, Tensor] = {}
+
+    def recorder(name: str):
+        def record(router: nn.Module, args: tuple, output: tuple) -> None:
+            chosen[name] = output[2].sort(dim=-1).values
+
+        return record
+
+    routers = {name: module for name, module in model.named_modules() if "TopKRouter" in type(module).__name__}
+    handles = [module.register_forward_hook(recorder(name)) for name, module in routers.items()]
+    try:
+        yield chosen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def expert_flips(
+    policy: dict[str, Tensor], reference: dict[str, Tensor], *, real: Tensor, vision: Tensor
+) -> dict[str, tuple[int, int]]:
+    """Of the tokens of each pool, over all layers: how many go to other experts in the policy, and how many there are.
+
+    policy, reference: of record_experts, on the same batch; real (B, T): False on padding; vision (B, T): True where a
+    token belongs to the vision pool.
+    """
+    flips: dict[str, tuple[int, int]] = {}
+    for (name, here), there in zip(policy.items(), reference.values(), strict=True):
+        pool = "vision" if ".vision_moe." in name else "text"
+        counted = real[vision] if pool == "vision" else real[~vision]
+        other = (here != there).any(dim=-1) & counted
+        flipped, total = flips.get(pool, (0, 0))
+        flips[pool] = (flipped + int(other.sum()), total + int(counted.sum()))
+    return flips
 
 
 def check_routing(seen: RoutedTokens, *, vision_tokens: int, tokens: int | None = None) -> None:

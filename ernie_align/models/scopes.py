@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ernie_align.errors import Fault, ModelError
 from ernie_align.models.anatomy import VISION_PARTS, Anatomy, Tensor
@@ -59,6 +61,41 @@ class Coverage:
     def leaves_text_alone(self) -> bool:
         """Only parts are trained that a sequence without images or videos never touches."""
         return bool(self.trained_parts) and self.trained_parts <= VISION_PARTS
+
+
+def adapter_block(config: Mapping[str, Any], anatomy: Anatomy, *, where: str) -> AdapterBlock:
+    """The adapter block that a saved adapter_config.json amounts to.
+
+    Raises ModelError where its targets are not named in full, or where a part has not one rank and alpha throughout.
+    """
+    named = {*_names(config.get("target_modules")), *_names(config.get("target_parameters"))}
+    parts: dict[str, dict[tuple[int, float], list[Tensor]]] = {}
+    for tensor in anatomy.tensors:
+        name = next((name for name in (tensor.name, tensor.name.removesuffix(".weight")) if name in named), None)
+        if name is not None:
+            rank = (config.get("rank_pattern") or {}).get(re.escape(name), config["r"])
+            alpha = (config.get("alpha_pattern") or {}).get(re.escape(name), config["lora_alpha"])
+            parts.setdefault(tensor.part, {}).setdefault((rank, float(alpha)), []).append(tensor)
+            named.remove(name)
+    if named or not parts or any(len(settings) > 1 for settings in parts.values()):
+        fix = "write adapter: with the scopes, layers, rank and alpha that it has"
+        raise ModelError.at(where, "this adapter's config does not say its scope by parts", fix=fix)
+    scopes = {}
+    for part, settings in parts.items():
+        (((rank, alpha), tensors),) = settings.items()
+        layers = sorted({tensor.layer for tensor in tensors if tensor.layer is not None})
+        scopes[part] = PartAdapter(rank=rank, alpha=alpha, layers=layers or None)
+    return AdapterBlock(
+        scopes=scopes,
+        rank=config["r"],
+        alpha=float(config["lora_alpha"]),
+        dropout=float(config.get("lora_dropout") or 0.0),
+        use_rslora=bool(config.get("use_rslora")),
+    )
+
+
+def _names(targets: Any) -> list[str]:
+    return [targets] if isinstance(targets, str) else list(targets or [])
 
 
 def adapter_targets(anatomy: Anatomy, block: AdapterBlock) -> list[Target]:

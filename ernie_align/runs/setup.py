@@ -16,7 +16,7 @@ from ernie_align.models.anatomy import Anatomy
 from ernie_align.models.files import CheckpointFiles
 from ernie_align.models.modality import ModalityTokens
 from ernie_align.models.pixels import ImageSizes
-from ernie_align.models.scopes import Coverage, coverage
+from ernie_align.models.scopes import Coverage, adapter_block, coverage
 from ernie_align.recipe import Recipe, SourceBlock
 from ernie_align.recipe import load_recipe as judge_recipe
 from ernie_align.stages import STAGES, Stage
@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """A recipe, judged against the small files of its model."""
+    """A recipe, judged against the small files of its model. notes: what was found out about it."""
 
     recipe: Recipe
     stage: Stage
     anatomy: Anatomy
     coverage: Coverage
     renderer: Renderer
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,9 @@ def load_recipe(source: Any, *, overrides: Iterable[str] = (), stage: str | None
 
 def set_up(recipe: Recipe) -> Setup:
     """Judge the recipe against its model's config and tokenizer. Raises AlignError where they do not fit."""
+    recipe, notes = _go_on(recipe)
     block, stage = recipe.model, STAGES[recipe.stage]
     files = CheckpointFiles(block.name, block.revision, block.where("name"))
-    if files.is_adapter:
-        fix = "set model.name to its base and adapter.path to this folder"
-        raise RecipeError.at(block.where("name"), f"{block.name} is an adapter, not a model", fix=fix)
     if recipe.training.get("eval_strategy", "no") != "no" and not recipe.data.eval:
         raise RecipeError.at(recipe.where("training"), "eval_strategy without rows", fix="name rows under data.eval")
     if recipe.data.streaming and recipe.training.get("max_steps", 0) <= 0:
@@ -81,7 +80,42 @@ def set_up(recipe: Recipe) -> Setup:
     modality = ModalityTokens.from_config(config)
     sizes = ImageSizes.from_config(files.image_settings()) if modality else None
     renderer = make_renderer(files.tokenizer(), modality, sizes, thinking=recipe.data.thinking)
-    return Setup(recipe, stage, anatomy, coverage(anatomy, trained), renderer)
+    return Setup(recipe, stage, anatomy, coverage(anatomy, trained), renderer, notes)
+
+
+def _go_on(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+    """Staged alignment: model.name may be a finished run or an adapter, whose base and scope are then found.
+
+    The recipe that this comes to, and what was found. Raises RecipeError where the stage trains no adapter, or where
+    adapter.path names another.
+    """
+    block, notes = recipe.model, []
+    where = block.where("name")
+    if (Path(block.name) / "run.json").is_file():
+        final = Path(block.name) / "final"
+        if not final.is_dir():
+            raise RecipeError.at(where, f"{block.name} is a run that has not finished", fix="finish it with --resume")
+        notes.append(f"model.name is a run: going on from {final}")
+        block = block.updated(name=str(final))
+        recipe = recipe.updated(model=block)
+    files = CheckpointFiles(block.name, block.revision, where)
+    if not files.is_adapter:
+        return recipe, tuple(notes)
+    adapter = getattr(recipe, "adapter", None)
+    if "adapter" not in type(recipe).model_fields or getattr(recipe, "tune", None) is not None:
+        fix = "name its base, or merge the two: this recipe trains the model's own weights"
+        raise RecipeError.at(where, f"{block.name} is an adapter, not a model", fix=fix)
+    if adapter is not None and adapter.path not in (None, block.name):
+        fix = "name the base as model.name, or drop adapter.path"
+        raise RecipeError.at(where, f"{block.name} is an adapter, and adapter.path names another", fix=fix)
+    config = files.read_json("adapter_config.json")
+    base = CheckpointFiles(config.get("base_model_name_or_path") or "", config.get("revision") or "main", where)
+    if adapter is None:
+        anatomy = Anatomy.from_config(base.read_json("config.json"), where=where)
+        adapter = adapter_block(config, anatomy, where=where)
+    notes.append(f"model.name is an adapter: going on with it, on its base {base.name}")
+    block = block.updated(name=base.name, revision=base.revision)
+    return recipe.updated(model=block, adapter=adapter.updated(path=files.name)), tuple(notes)
 
 
 def sample_data(setup: Setup, rows: int) -> tuple[dict[str, Any], list[SourceCount]]:

@@ -35,7 +35,7 @@ class Reporter(Protocol):
     def sources(self, counts: list[SourceCount]) -> None:
         """What became of the rows."""
 
-    def preview(self, stretches: list[Stretch]) -> None:
+    def preview(self, parts: dict[str, list[Stretch]]) -> None:
         """One example as the model will see it."""
 
     def progress(self) -> list[TrainerCallback]:
@@ -70,6 +70,7 @@ def run(recipe: Recipe, *, resume: bool = False, reporter: Reporter) -> RunResul
     state = PartialState()
     directory = RunDirectory(recipe.run.dir, where=recipe.run.where("dir"))
     setup = set_up(recipe)
+    recipe = setup.recipe
     config = setup.stage.configure(recipe, recipe.run.dir)  # what TRL refuses is refused before anything is made
     try:
         if state.is_main_process:
@@ -97,6 +98,8 @@ def _train(
     from transformers import PrinterCallback
 
     recipe = setup.recipe
+    for note in setup.notes:
+        reporter.say(note)
     for key, value in inherited_defaults(recipe).items():
         reporter.say(f"training.{key} is not set: {value}")
     if setup.anatomy.has_vision:

@@ -31,19 +31,16 @@ class SupervisedTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss of a batch, with the routing and the number watched."""
-        rows, vision_tokens = self.watch.take(inputs)
-        with self.watch.forward(rows, vision_tokens, inputs["input_ids"].numel()):
+        vision_tokens = self.watch.take(inputs)
+        with self.watch.forward(vision_tokens, inputs["input_ids"].numel()):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         self.watch.finite(loss.detach(), "loss", self.state.global_step + 1)
-        if self.model.training and not loss.requires_grad:
-            # A batch of text where only vision parts are trained: nothing in scope is on its way, it teaches nothing.
-            loss = loss + 0 * sum(weight.sum() for weight in model.parameters() if weight.requires_grad)
-            result = (loss, *result[1:]) if return_outputs else loss
+        loss = self.watch.anchored(loss, self.model)
         if not self.model.training:
             self._count_evaluated(loss.detach(), inputs["labels"])
             self.watch.step_done()
-        return result
+        return (loss, *result[1:]) if return_outputs else loss
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm that Trainer is about to log: the last moment before the optimizer would spoil the weights."""

@@ -17,7 +17,7 @@ _SHOWN_ROWS = 16
 
 
 class Watch:
-    """Composed into a trainer, which tells it about each batch.
+    """Composed into a trainer, which tells it about each batch. One per model: a reference has its own.
 
     row_name: (source, row) -> the row's name, for errors.
     """
@@ -27,20 +27,20 @@ class Watch:
         self.row_name = row_name
         self.rows: list[tuple[int, int]] = []  # of the step so far
 
-    def take(self, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, int]:
+    def take(self, inputs: dict[str, Any]) -> int:
         """Take what is not the model's out of a batch: the names of its rows, and its number of vision tokens."""
         rows, vision_tokens = inputs.pop("rows", None), inputs.pop("vision_tokens", None)
-        return rows, 0 if vision_tokens is None else int(vision_tokens)
+        if rows is not None:
+            self.rows += [tuple(row) for row in rows.tolist()]
+        return 0 if vision_tokens is None else int(vision_tokens)
 
     @contextmanager
-    def forward(self, rows: torch.Tensor | None, vision_tokens: int, tokens: int) -> Iterator[None]:
+    def forward(self, vision_tokens: int, tokens: int) -> Iterator[None]:
         """Around the forward of a batch: every vision token in the data must reach the vision pool.
 
         It costs one hook call per pool and layer, which reads a shape, so it watches every batch and not the first.
         Raises ModelError where a token went astray.
         """
-        if rows is not None:
-            self.rows += [tuple(row) for row in rows.tolist()]
         with count_routed_tokens(self.blocks) as seen:
             yield
         check_routing(seen, vision_tokens=vision_tokens, tokens=tokens)
@@ -61,6 +61,15 @@ class Watch:
             why=f"the rows of this step:\n    {rows}",
             fix="the checkpoints before it are untouched: lower learning_rate or mend the rows, then --resume",
         )
+
+    def anchored(self, loss: torch.Tensor, model: nn.Module) -> torch.Tensor:
+        """The loss with a gradient, zero where nothing in scope is on its way.
+
+        A batch of text where only vision parts are trained teaches nothing, and is no reason to stop.
+        """
+        if not model.training or loss.requires_grad:
+            return loss
+        return loss + 0 * sum(weight.sum() for weight in model.parameters() if weight.requires_grad)
 
     def step_done(self) -> None:
         """Forget the rows of the step."""

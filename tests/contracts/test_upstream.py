@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 
 import pytest
 import torch
@@ -14,22 +15,23 @@ import torch
 from ernie_align.models.files import CheckpointFiles
 
 
-def test_the_keys_read_from_the_source_are_those_of_trls_config():
+@pytest.mark.parametrize("name", ["SFT", "DPO"])
+def test_the_keys_read_from_the_source_are_those_of_trls_config(name):
     """stages.upstream reads them without importing TRL."""
-    from trl import SFTConfig
+    import trl
 
-    from ernie_align.stages.upstream import SFT_CONFIG, training_model
+    from ernie_align.stages import upstream
 
-    real = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
-    told = set(training_model(SFT_CONFIG).model_fields)
+    real = {field.name for field in dataclasses.fields(getattr(trl, f"{name}Config")) if field.init}
+    told = set(upstream.training_model(getattr(upstream, f"{name}_CONFIG")).model_fields)
     assert told <= real | {"local_rank"} and real - told <= set(), real ^ told
 
 
 def test_every_key_that_is_set_elsewhere_is_a_key():
     from ernie_align.stages import STAGES
-    from ernie_align.stages.upstream import SFT_CONFIG, training_model
+    from ernie_align.stages.upstream import DPO_CONFIG, SFT_CONFIG, training_model
 
-    keys = set(training_model(SFT_CONFIG).model_fields)
+    keys = {*training_model(SFT_CONFIG).model_fields, *training_model(DPO_CONFIG).model_fields}
     for stage in STAGES.values():
         assert set(stage.recipe.owned_training_keys()) <= keys
 
@@ -48,6 +50,43 @@ def test_private_methods_that_are_overridden_or_called():
     assert list(inspect.signature(TokenizersBackend._get_control_tokens).parameters) == ["self", "chat_template"]
     source = inspect.getsource(SFTTrainer.compute_loss)
     assert '_metrics[mode]["mean_token_accuracy"].append' in source
+
+
+def test_what_the_preference_trainer_overrides_or_calls():
+    """stages.dpo_trainer gives TRL finished log-probabilities and takes its losses and metrics."""
+    from transformers import Trainer
+    from trl import DPOTrainer
+
+    assert list(inspect.signature(DPOTrainer._compute_loss).parameters) == ["self", "model", "inputs", "return_outputs"]
+    source = inspect.getsource(DPOTrainer._compute_loss)
+    for used in ("if self.precompute_ref_logps:", 'inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]'):
+        assert used in source
+    assert source.count("model(**model_kwargs, labels=labels, fused_lm_head=True)") == 1
+    read = {"log_probs", "aux_loss", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"}
+    assert set(re.findall(r"(?<!ref_)outputs\.(\w+)", source)) == read
+    assert list(inspect.signature(DPOTrainer.compute_ref_log_probs).parameters) == ["self", "model", "inputs"]
+    constructor = inspect.getsource(DPOTrainer.__init__)
+    assert 'model.add_adapter("ref", default_config)' in constructor
+    assert "self._prepare_dataset(train_dataset" in constructor and "self._precompute_ref_logps(" in constructor
+    assert list(inspect.signature(Trainer._save).parameters) == ["self", "output_dir", "state_dict"]
+
+
+def test_trainer_still_resumes_an_adapter_from_its_subfolders_alone():
+    """stages.dpo_trainer removes the reference's folder from checkpoints; when this fails it may stay."""
+    from transformers import Trainer
+
+    assert "if adapter_subdirs:" in inspect.getsource(Trainer._load_from_checkpoint)
+
+
+def test_trl_knows_the_loss_types_of_the_recipe():
+    from typing import get_args
+
+    from trl import DPOTrainer
+
+    from ernie_align.stages.dpo import _OWN_LOSSES, LossType
+
+    known = re.findall(r'loss_type == "(\w+)"', inspect.getsource(DPOTrainer._compute_loss))
+    assert set(get_args(LossType)) == {*known, *_OWN_LOSSES}
 
 
 def test_trl_takes_a_column_named_images_for_its_own():

@@ -1,0 +1,289 @@
+"""The stage dpo: its recipe, and how it becomes TRL's DPOTrainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+from ernie_align.data.pairs import PairCollator, PairEncoder
+from ernie_align.errors import RecipeError
+from ernie_align.models.adapters import attach, unfreeze
+from ernie_align.models.scopes import adapter_targets, tuned_tensors
+from ernie_align.recipe import AdapterBlock, Block, Recipe, TuneBlock
+from ernie_align.recipe.schema import fault
+from ernie_align.stages.base import OWNED_BY_EVERY_STAGE, Batches, Stage, trl_config
+from ernie_align.stages.upstream import DPO_CONFIG, training_model
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerCallback
+    from trl import DPOConfig
+
+    from ernie_align.data.render import Renderer
+    from ernie_align.models.anatomy import Anatomy, Tensor
+    from ernie_align.models.load import Bundle
+    from ernie_align.models.scopes import Target
+
+# Keys of TRL's config that say what the loss is: written under dpo:, under TRL's own names.
+_TRL_LOSS_KEYS = (
+    "beta",
+    "label_smoothing",
+    "ld_alpha",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "use_weighting",
+    "discopop_tau",
+)
+_OWN_LOSSES = ("simpo", "dpop")
+_WITHOUT_REFERENCE = frozenset({"simpo", "sft"})
+_NORMALIZED_ALREADY = frozenset({"simpo", "ipo", "sigmoid_norm", "sft"})
+
+_OWNED = {
+    **OWNED_BY_EVERY_STAGE,
+    **{key: f"set dpo.{key}" for key in (*_TRL_LOSS_KEYS, "loss_type", "loss_weights")},
+    "precompute_ref_log_probs": "set dpo.reference: precomputed",
+    "padding_free": "drop it: rows without padding would see one another in this model",
+    "sync_ref_model": "drop it: the reference stays what it was when the run began",
+    "ref_model_mixup_alpha": "drop it: the reference stays what it was when the run began",
+    "ref_model_sync_steps": "drop it: the reference stays what it was when the run began",
+    # transformers reloads the best weights with strict=False, which finds 3 of 98 tensors of a VL model
+    "load_best_model_at_end": "drop it: keep the checkpoints and choose one with ernie-align eval",
+}
+
+LossType = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+    "simpo",
+    "dpop",
+]
+
+
+class DpoBlock(Block):
+    """The preference loss, its reference, and which pairs it learns from."""
+
+    beta: float = Field(0.1, gt=0, description="How strongly the policy is held to the reference; for ipo its τ")
+    loss_type: list[LossType] = Field(["sigmoid"], min_length=1, description="TRL's loss types, and simpo and dpop")
+    loss_weights: list[float] | None = Field(None, description="One for each loss type; 1.0 each if left out")
+    length_normalize: bool = Field(
+        False, description="Scale each log-probability by mean length / own length, as the official toolkit does"
+    )
+    sft_weight: float = Field(0.0, ge=0, description="Weight of the chosen answers' mean negative log-likelihood")
+    simpo_gamma: float = Field(0.5, description="Margin of simpo")
+    dpop_lambda: float = Field(50.0, ge=0, description="Weight of dpop's penalty; 50 in its paper")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    ld_alpha: float | None = Field(None, ge=0, le=1)
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    use_weighting: bool = False
+    discopop_tau: float = Field(0.05, gt=0)
+    reference: Literal["auto", "precomputed"] = Field(
+        "auto",
+        description="auto: adapters off, the adapter's first state, or a frozen model; precomputed: asked once, kept",
+    )
+    pairs: Literal["best_worst", "adjacent", "all"] = Field(
+        "best_worst", description="Which pairs a row of more than two ranked answers gives"
+    )
+    bad_pairs: Literal["stop", "drop"] = Field(
+        "stop", description="Pairs with equal sides, an empty one, or an image in only one: stop the run, or drop them"
+    )
+
+    @property
+    def reference_free(self) -> bool:
+        """No loss asks for a reference."""
+        return set(self.loss_type) <= _WITHOUT_REFERENCE
+
+    @property
+    def weights(self) -> list[float]:
+        """One for each loss type."""
+        return self.loss_weights or [1.0] * len(self.loss_type)
+
+    @model_validator(mode="after")
+    def _losses_go_together(self) -> DpoBlock:
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            what = f"{len(self.loss_weights)} weights for {len(self.loss_type)} loss types"
+            raise fault("loss_weights", what, fix="give one for each, in their order")
+        normalized = [name for name in self.loss_type if name in _NORMALIZED_ALREADY]
+        if self.length_normalize and normalized:
+            fix = f"set it to false, or drop {', '.join(normalized)} (for sft: set dpo.sft_weight)"
+            raise fault("length_normalize", f"{', '.join(normalized)} counts per token already", fix=fix)
+        if self.length_normalize and (self.use_weighting or self.ld_alpha is not None):
+            raise fault(
+                "length_normalize", "with use_weighting or ld_alpha, which weigh tokens", fix="choose one of them"
+            )
+        own = [name for name in self.loss_type if name in _OWN_LOSSES]
+        if own and (self.f_divergence_type != "reverse_kl" or self.use_weighting or self.ld_alpha is not None):
+            what = f"{', '.join(own)} with f_divergence_type, use_weighting or ld_alpha"
+            raise fault("loss_type", what, fix="leave these at their defaults: they are defined for TRL's losses alone")
+        return self
+
+
+class DpoRecipe(Recipe):
+    """Preference training of adapters (`adapter:`), or of the parts in `tune.scopes`."""
+
+    stage: Literal["dpo"]
+    adapter: AdapterBlock | None = None
+    tune: TuneBlock | None = None
+    dpo: DpoBlock = Field(default_factory=DpoBlock)
+
+    @classmethod
+    def training_model(cls) -> type[BaseModel]:
+        """See Recipe."""
+        return training_model(DPO_CONFIG, frozenset(_OWNED))
+
+    @classmethod
+    def owned_training_keys(cls) -> Mapping[str, str]:
+        """See Recipe."""
+        return _OWNED
+
+    @model_validator(mode="after")
+    def _one_way_to_train(self) -> DpoRecipe:
+        if self.adapter is not None and self.tune is not None:
+            raise fault("tune", "both adapter and tune", fix="train adapters, or weights: keep one of the two")
+        if self.dpo.reference == "precomputed" and self.data.streaming:
+            raise fault(
+                "dpo", "reference: precomputed of a stream", fix="set data.streaming or dpo.reference otherwise"
+            )
+        return self
+
+
+def _trained(recipe: DpoRecipe, by_adapter: Callable[[AdapterBlock], Any], by_tune: Callable[[TuneBlock], Any]) -> Any:
+    if recipe.adapter is not None:
+        return by_adapter(recipe.adapter)
+    if recipe.tune is not None:
+        return by_tune(recipe.tune)
+    fix = "write adapter: {scopes: [...]} or tune: {scopes: all}, or name an adapter to go on with as model.name"
+    raise RecipeError.at(recipe.where("adapter"), "nothing says what is trained", fix=fix)
+
+
+def _scope(recipe: DpoRecipe, anatomy: Anatomy) -> list[Target] | list[Tensor]:
+    return _trained(recipe, lambda block: adapter_targets(anatomy, block), lambda block: tuned_tensors(anatomy, block))
+
+
+def _wrap(recipe: DpoRecipe, bundle: Bundle) -> list[Target] | list[Tensor]:
+    return _trained(recipe, lambda block: attach(bundle, block), lambda block: unfreeze(bundle, block))
+
+
+def _encode(recipe: DpoRecipe, renderer: Renderer) -> PairEncoder:
+    return PairEncoder(
+        renderer,
+        max_length=recipe.data.max_length,
+        cut=recipe.data.overlong == "cut",
+        pairing=recipe.dpo.pairs,
+        drop_bad_pairs=recipe.dpo.bad_pairs == "drop",
+    )
+
+
+def _configure(recipe: DpoRecipe, output_dir: str) -> DPOConfig:
+    from trl import DPOConfig
+
+    block = recipe.dpo
+    upstream = [pair for pair in zip(block.loss_type, block.weights, strict=True) if pair[0] not in _OWN_LOSSES]
+    return trl_config(
+        DPOConfig,
+        recipe,
+        output_dir=output_dir,
+        router_aux_loss_coef=0.0,
+        max_length=None,  # pairs are already judged by length
+        loss_type=[name for name, _ in upstream],
+        loss_weights=[weight for _, weight in upstream],
+        # TRL builds a reference of its own for full fine-tuning unless it expects one in the batch
+        precompute_ref_log_probs=recipe.adapter is None and not _has_own_reference(recipe),
+        **{key: getattr(block, key) for key in _TRL_LOSS_KEYS},
+    )
+
+
+def _has_own_reference(recipe: DpoRecipe) -> bool:
+    """Full fine-tuning against a second, frozen model."""
+    return recipe.adapter is None and not recipe.dpo.reference_free and recipe.dpo.reference == "auto"
+
+
+def _own_losses(block: DpoBlock) -> list[tuple[Callable[..., Any], float]]:
+    from ernie_align import losses
+
+    def simpo(policy, reference, lengths):
+        return losses.simpo(*policy, *lengths, beta=block.beta, gamma=block.simpo_gamma)
+
+    def dpop(policy, reference, lengths):
+        ratios = (mine - theirs for mine, theirs in zip(policy, reference, strict=True))
+        return losses.dpop(*ratios, beta=block.beta, lambda_=block.dpop_lambda)
+
+    known = {"simpo": simpo, "dpop": dpop}
+    return [(known[name], weight) for name, weight in zip(block.loss_type, block.weights, strict=True) if name in known]
+
+
+def _build_trainer(
+    recipe: DpoRecipe,
+    config: DPOConfig,
+    bundle: Bundle,
+    batches: Batches,
+    callbacks: list[TrainerCallback],
+) -> Trainer:
+    from ernie_align.stages.dpo_trainer import PreferenceTrainer
+    from ernie_align.stages.reference import ReferenceLogps
+
+    block = recipe.dpo
+    keeps_adapter = recipe.adapter is not None and recipe.adapter.path is not None
+    stored = None
+    if block.reference == "precomputed" and not block.reference_free:
+        adapter = recipe.adapter.path if keeps_adapter else None
+        fingerprint = f"{bundle.files.fingerprint(adapter)} {recipe.model.dtype} ld_alpha {block.ld_alpha}"
+        # a policy that goes on from a checkpoint of full fine-tuning is no longer its own reference
+        is_reference = recipe.adapter is not None or bundle.weights is None
+        stored = ReferenceLogps(Path(config.output_dir) / "reference", fingerprint, can_compute=is_reference)
+    return PreferenceTrainer(
+        model=bundle.model,
+        ref_model=_frozen_model(recipe, bundle) if _has_own_reference(recipe) else None,
+        args=config,
+        data_collator=PairCollator(
+            bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor, row_name=batches.row_name
+        ),
+        train_dataset=batches.train,
+        eval_dataset=batches.eval,
+        processing_class=bundle.processor,
+        callbacks=callbacks,
+        row_name=batches.row_name,
+        keeps_adapter=keeps_adapter,
+        reference_free=block.reference_free,
+        length_normalize=block.length_normalize,
+        sft_weight=block.sft_weight,
+        own_losses=_own_losses(block),
+        stored=stored,
+    )
+
+
+def _frozen_model(recipe: DpoRecipe, bundle: Bundle) -> Any:
+    """The recipe's model once more, routed like the policy: of a resumed run too, it is where the run began."""
+    from ernie_align.models.load import load_model
+
+    block = recipe.model
+    reference = load_model(
+        block.name, dtype=block.dtype, revision=block.revision, attention=block.attention, where=block.where("name")
+    )
+    return reference.model.requires_grad_(False)
+
+
+DPO = Stage(
+    name="dpo",
+    help="Preference training on chosen and rejected answers, images included.",
+    recipe=DpoRecipe,
+    scope=_scope,
+    wrap=_wrap,
+    configure=_configure,
+    encode=_encode,
+    build_trainer=_build_trainer,
+)

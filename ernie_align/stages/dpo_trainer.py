@@ -1,0 +1,184 @@
+"""TRL's DPOTrainer on pairs with images, with a reference that is right in every mode.
+
+TRL's own loss code sees finished log-probabilities: the forwards of policy and reference happen here, where they are
+watched, scaled by length if asked for, and compared expert by expert.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import DPOTrainer
+
+from ernie_align import losses
+from ernie_align.data.render import IGNORED
+from ernie_align.models.modality import ModalityTokens, moe_mm_token_type_ids
+from ernie_align.models.routing import expert_flips, record_experts
+from ernie_align.stages.reference import ReferenceLogps
+from ernie_align.stages.watch import Watch
+
+_REF_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter
+
+
+class PreferenceTrainer(DPOTrainer):
+    """DPOTrainer over encoded pairs.
+
+    keeps_adapter: the policy goes on with an adapter, whose first state is the reference (otherwise adapters off, or
+    ref_model); reference_free: no loss asks for a reference; length_normalize, sft_weight, own_losses: of the recipe,
+    own_losses as (loss of (policy, reference, lengths), weight); stored: reference log-probabilities computed
+    beforehand; row_name: (source, row) -> the row's name. Other arguments are TRL's.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        row_name: Callable[[int, int], str],
+        keeps_adapter: bool,
+        reference_free: bool,
+        length_normalize: bool,
+        sft_weight: float,
+        own_losses: list[tuple[Callable[..., Tensor], float]],
+        stored: ReferenceLogps | None,
+        **kwargs: Any,
+    ):
+        self.reference_free = reference_free
+        self.length_normalize = length_normalize
+        self.sft_weight = sft_weight
+        self.own_losses = own_losses
+        super().__init__(*args, **kwargs)
+        if _REF_ADAPTER in getattr(self.model, "peft_config", {}) and not keeps_adapter:
+            # TRL copies any adapter it is handed. Behind a fresh one the reference is the model without adapters.
+            self.model.delete_adapter(_REF_ADAPTER)
+        self.watch = Watch(self.model, row_name)
+        self.reference_watch = Watch(self.ref_model, row_name) if self.ref_model is not None else self.watch
+        self.modality = ModalityTokens.from_config(self.model.config)
+        self._eval_pairs: list[int] = []  # of each batch of the evaluation so far
+        self._eval_loss = 0.0
+        self._flips: dict[str, tuple[int, int]] = {}
+        if stored is not None:
+            size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+            self.train_dataset = stored.add_to(
+                self.train_dataset, "train", self._reference_of, size, self.data_collator
+            )
+            if self.eval_dataset is not None:
+                self.eval_dataset = stored.add_to(
+                    self.eval_dataset, "eval", self._reference_of, size, self.data_collator
+                )
+        self.precompute_ref_logps = True  # from here on, TRL reads the reference from the batch
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent: a run reaches only the hub ids that its recipe names."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """The rows are encoded already."""
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Ours are kept in the run directory, and images do not hinder them."""
+        return dataset
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's losses and metrics of a batch of pairs, plus our own losses."""
+        vision_tokens = self.watch.take(inputs)
+        evaluating = not self.model.training
+        with record_experts(self.model if evaluating else _NO_ROUTERS) as here:
+            outputs = self._policy(model, inputs, vision_tokens)
+        with record_experts(self.ref_model or self.model if evaluating else _NO_ROUTERS) as there:
+            reference = self._reference(inputs, vision_tokens)
+        if there:
+            self._count_flips(here, there, inputs)
+
+        logps = outputs.log_probs  # (2P, T - 1), 0 outside the answers
+        lengths = inputs["completion_mask"][:, 1:].sum(dim=1)
+        if self.length_normalize:
+            scale = torch.cat(losses.length_normalized(*torch.ones_like(lengths).chunk(2), *lengths.chunk(2)))
+            outputs.log_probs = logps * scale[:, None]
+            reference = tuple(side * part for side, part in zip(reference, scale.chunk(2), strict=True))
+        given = {**inputs, "ref_chosen_logps": reference[0], "ref_rejected_logps": reference[1]}
+        loss = super()._compute_loss(lambda **_: outputs, given, False)
+        policy = outputs.log_probs.sum(dim=1).chunk(2)
+        for own_loss, weight in self.own_losses:
+            loss = loss + weight * own_loss(policy, reference, lengths.chunk(2)).mean()
+        if self.sft_weight:
+            chosen, count = logps.chunk(2)[0], lengths.chunk(2)[0].sum()
+            nll = -chosen.sum() / count
+            self._metrics["eval" if evaluating else "train"]["nll_loss"].append(nll.item())
+            loss = loss + self.sft_weight * nll
+        self.watch.finite(loss.detach(), "loss", self.state.global_step + 1)
+        if evaluating:
+            self._eval_pairs.append(len(lengths) // 2)
+            self._eval_loss += loss.item() * (len(lengths) // 2)
+            self.watch.step_done()
+        return self.watch.anchored(loss, self.model)
+
+    def _policy(self, model: Any, inputs: dict[str, Any], vision_tokens: int) -> Any:
+        """TRL's outputs of the fused head: per-token log-probabilities and what its metrics are made of."""
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
+        names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+        seen = {name: inputs[name] for name in names if name in inputs}
+        with self.watch.forward(vision_tokens, labels.numel()):
+            return model(**seen, labels=labels, fused_lm_head=True, use_cache=False)
+
+    def _reference(self, inputs: dict[str, Any], vision_tokens: int) -> tuple[Tensor, Tensor]:
+        """(P,) log-probabilities of both sides under the reference; zeros where no loss asks for one."""
+        if "ref_chosen_logps" in inputs:
+            return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        if self.reference_free:
+            nothing = torch.zeros(len(inputs["input_ids"]) // 2, device=inputs["input_ids"].device)
+            return nothing, nothing
+        with self.reference_watch.forward(vision_tokens, inputs["input_ids"].numel()):
+            return self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+
+    def _reference_of(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The same for a batch as the collator makes it, before training begins."""
+        was_training = self.model.training
+        self.model.eval()
+        inputs = self._prepare_inputs(batch)
+        vision_tokens = self.watch.take(inputs)
+        try:
+            return self._reference(inputs, vision_tokens)
+        finally:
+            self.model.train(was_training)
+            self.watch.step_done()
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm that Trainer is about to log: the last moment before the optimizer would spoil the weights."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.watch.finite(norm, "gradient", self.state.global_step + 1)
+        self.watch.step_done()
+        return norm
+
+    def _count_flips(self, here: dict[str, Tensor], there: dict[str, Tensor], inputs: dict[str, Any]) -> None:
+        ids = inputs["input_ids"]
+        vision = torch.zeros_like(ids) if self.modality is None else moe_mm_token_type_ids(ids, self.modality)
+        real = inputs["attention_mask"].bool()
+        for pool, (flipped, total) in expert_flips(here, there, real=real, vision=vision.bool()).items():
+            before = self._flips.get(pool, (0, 0))
+            self._flips[pool] = (before[0] + flipped, before[1] + total)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's log. Of an evaluation, values are means over pairs, not means over batches of means."""
+        if "eval_loss" in logs:
+            pairs = sum(self._eval_pairs)
+            logs["eval_loss"] = self._eval_loss / pairs
+            for name, values in self._metrics["eval"].items():
+                if len(values) == len(self._eval_pairs):
+                    weighted = zip(values, self._eval_pairs, strict=True)
+                    self._metrics["eval"][name] = [sum(value * count for value, count in weighted) / pairs]
+            for pool, (flipped, total) in self._flips.items():
+                self._metrics["eval"][f"routing/flips_{pool}"] = [flipped / max(total, 1)]
+            self._eval_pairs, self._eval_loss, self._flips = [], 0.0, {}
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As Trainer, without the reference: Trainer would resume from that folder and from nothing else."""
+        super()._save(output_dir, state_dict)
+        shutil.rmtree(Path(output_dir or self.args.output_dir) / _REF_ADAPTER, ignore_errors=True)
+
+
+_NO_ROUTERS = torch.nn.Module()

@@ -1,0 +1,102 @@
+"""Reference log-probabilities of a whole data set, computed once and kept in the run directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ernie_align.errors import RunError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+
+_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask", "media")
+
+
+class ReferenceLogps:
+    """Files `<name>.safetensors` under a folder, each with the fingerprint of what it was computed from.
+
+    model: fingerprint of the reference's weights, and of whatever else the log-probabilities depend on; can_compute:
+    the reference is at hand.
+    """
+
+    def __init__(self, folder: Path, model: str, *, can_compute: bool = True):
+        self.folder = folder
+        self.model = model
+        self.can_compute = can_compute
+
+    def add_to(
+        self,
+        dataset: Dataset,
+        name: str,
+        reference: Callable[[dict[str, Any]], tuple[Tensor, Tensor]],
+        batch_size: int,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    ) -> Dataset:
+        """The data set with columns ref_chosen_logps and ref_rejected_logps.
+
+        reference: batch of the collator -> (P,) chosen, (P,) rejected; asked only where nothing fitting is kept.
+        Raises RunError where nothing is kept and the reference is not at hand.
+        """
+        path = self.folder / f"{name}.safetensors"
+        fingerprint = self._fingerprint(dataset)
+        kept = _read(path, fingerprint)
+        if kept is None and not self.can_compute:
+            what = "holds no log-probabilities of this model on these rows and images"
+            raise RunError.at(str(path), what, fix="restore the file, the rows or the images, or begin anew")
+        if kept is None:
+            kept = self._compute(dataset, reference, batch_size, collate)
+            _write(path, kept, fingerprint)
+        for column, values in kept.items():
+            dataset = dataset.add_column(column, values.tolist())
+        return dataset
+
+    def _compute(self, dataset: Dataset, reference: Any, batch_size: int, collate: Any) -> dict[str, Tensor]:
+        import torch
+
+        chosen, rejected = [], []
+        for start in range(0, len(dataset), batch_size):
+            rows = [dataset[place] for place in range(start, min(start + batch_size, len(dataset)))]
+            sides = reference(collate(rows))
+            chosen.append(sides[0].float().cpu())
+            rejected.append(sides[1].float().cpu())
+        return {"ref_chosen_logps": torch.cat(chosen), "ref_rejected_logps": torch.cat(rejected)}
+
+    def _fingerprint(self, dataset: Dataset) -> str:
+        """Of the model, the tokens and the images: bytes as they are, files by path, size and time of change."""
+        digest = hashlib.sha256(self.model.encode())
+        for row in dataset.select_columns(list(_COLUMNS)):
+            for image in row["media"]:
+                if image["path"] is not None and image["bytes"] is None:
+                    status = Path(image["path"]).stat()
+                    image["bytes"] = f"{status.st_size} {status.st_mtime_ns}".encode()
+                digest.update(str(image["path"]).encode() + b"\0" + image["bytes"])
+            digest.update(json.dumps([row[column] for column in _COLUMNS[:-1]]).encode())
+        return digest.hexdigest()
+
+
+def _read(path: Path, fingerprint: str) -> dict[str, Tensor] | None:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            if file.metadata().get("fingerprint") != fingerprint:
+                return None
+            return {name: file.get_tensor(name) for name in ("ref_chosen_logps", "ref_rejected_logps")}
+    except SafetensorError:  # cut off in mid-write by an older run
+        return None
+
+
+def _write(path: Path, values: dict[str, Tensor], fingerprint: str) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(values, partial, metadata={"fingerprint": fingerprint})
+    partial.replace(path)
