@@ -49,9 +49,11 @@ def test_a_batch_answers_as_its_rows_do_alone(checkpoints, questions):
 def test_the_report(checkpoints, questions, tmp_path):
     report = evaluate(checkpoints["vl_moe"], questions, out=tmp_path / "deep" / "report.json", max_new_tokens=2)
     kept = json.loads((tmp_path / "deep" / "report.json").read_text())["reports"][0]
-    assert [(figure["kind"], figure["n"]) for figure in kept["figures"]] == [("compare", 4), ("name", 4), ("sum", 4)]
+    assert [(figure["kind"], figure["n"]) for figure in kept["figures"]] == [
+        ("compare", 4), ("name", 4), ("sum", 4), ("all", 12),
+    ]  # fmt: skip
     for figure in report.figures:
-        rows = [row for row in report.rows if row["kind"] == figure.kind]
+        rows = [row for row in report.rows if figure.kind in (row["kind"], "all")]
         assert figure.correct == sum(row["correct"] for row in rows)
         assert figure.interval == wilson_interval(figure.correct, figure.n)
     assert report.rows[0]["row"].startswith(f"{questions}:") and not list(tmp_path.rglob("*.partial"))

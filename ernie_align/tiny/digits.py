@@ -23,7 +23,8 @@ def make_digits(folder: str | Path, *, seed: int = 0) -> Path:
 
     train/val/test.jsonl mix naming one digit, telling which of two images shows the larger one, and sums in words
     without an image; parity_*.jsonl asks odd or even; inverted_*.jsonl asks for names of light-on-dark digits turned
-    dark-on-light. The same images are in the same split everywhere. Sums are drawn from the same hundred in all splits.
+    dark-on-light; preferences*.jsonl hold a better and a worse answer to such questions. The same images are in the
+    same split everywhere. Sums are drawn from the same hundred in all splits.
     Raises DataError if scikit-learn is missing or the folder holds something already.
     """
     try:
@@ -58,6 +59,8 @@ def make_digits(folder: str | Path, *, seed: int = 0) -> Path:
         _write(folder / f"parity_{split}.jsonl", parity)
         inverted = [_row([_image(n, inverted=True)], NAME_QUESTION, NUMBERS[labels[n]], "inverted") for n in numbers]
         _write(folder / f"inverted_{split}.jsonl", inverted)
+        suffix = "" if split == "train" else f"-{split}"
+        _write(folder / f"preferences{suffix}.jsonl", _preferences(numbers, labels, random.Random(seed)))
     return folder
 
 
@@ -88,6 +91,35 @@ def _comparisons(numbers: list[int], labels: list[int], draw: random.Random, cou
             answer = "first" if labels[first] > labels[second] else "second"
             rows.append(_row([_image(first), _image(second)], COMPARE_QUESTION, answer, "compare"))
     return rows
+
+
+def _preferences(numbers: list[int], labels: list[int], draw: random.Random) -> list[dict[str, Any]]:
+    """The right and terse answer against a wrong one, or against a right but wordy one.
+
+    What SFT has taught, a reader of upright digits prefers already: so every second row asks for an inverted one. The
+    others hold what it knows in its place.
+    """
+    named = []
+    for place, number in enumerate(numbers):
+        right = NUMBERS[labels[number]]
+        if place % 2 == 0:
+            wrong = NUMBERS[draw.choice([label for label in range(10) if label != labels[number]])]
+            named.append(_pair(_row([_image(number, inverted=True)], NAME_QUESTION, right, "wrong"), wrong))
+        elif place % 4 == 1:
+            named.append(_pair(_row([_image(number)], NAME_QUESTION, right, "wordy"), f"It is the digit {right}."))
+    compared = _comparisons(numbers, labels, draw, len(numbers) // 4)
+    others = {"first": "second", "second": "first"}
+    sums = _sums(draw, max(len(numbers) // 12, 20))
+    rows = [*named, *(_pair(row, others[row["answer"]]) for row in compared)]
+    rows += [_pair(row, draw.choice([word for word in NUMBERS if word != row["answer"]])) for row in sums]
+    draw.shuffle(rows)
+    return rows
+
+
+def _pair(row: dict[str, Any], rejected: str) -> dict[str, Any]:
+    """A row of messages as a preference, in TRL's words."""
+    question, chosen = row.pop("messages")
+    return {"prompt": [question], "chosen": [chosen], "rejected": [{"role": "assistant", "content": rejected}], **row}
 
 
 def _sums(draw: random.Random, count: int) -> list[dict[str, Any]]:
