@@ -29,8 +29,9 @@ demo: setup clean-demo
 clean-demo:
 	rm -rf runs/demo runs/digits
 
+# one thread per worker: more of them than cores stand in each other's way
 test: setup
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: setup
 	$(BIN)/ruff check .
