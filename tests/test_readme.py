@@ -7,7 +7,6 @@ import shlex
 
 import pytest
 import typer.main
-import yaml
 
 from ernie_align.cli import app
 from ernie_align.runs import load_recipe
@@ -40,14 +39,16 @@ def test_every_command_is_understood(command):
 
 def test_the_commands_of_the_issue_are_there():
     assert {command.split()[1] for command in COMMANDS} == {
-        "tiny", "check", "sft", "lora", "eval", "generate", "schema",
+        "tiny", "check", "sft", "lora", "dpo", "eval", "generate", "schema",
     }  # fmt: skip
 
 
-def test_the_recipe_in_the_readme_is_sound():
-    (block,) = [block for language, block in BLOCKS if language == "yaml"]
-    recipe = load_recipe({**yaml.safe_load(block), "training": {"learning_rate": 1e-4, "max_steps": 1000}})
-    assert recipe.adapter.scopes == ["attention", "vision_experts"]
+@pytest.mark.parametrize("stage", ["lora", "dpo"])
+def test_the_recipes_in_the_readme_are_sound(stage, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    (text,) = [block for language, block in BLOCKS if language == "yaml" and block.startswith(f"stage: {stage}")]
+    recipe.write_text(text)
+    assert load_recipe(recipe).stage == stage
 
 
 def test_the_python_in_the_readme_names_what_exists():

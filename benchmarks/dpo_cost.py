@@ -1,0 +1,149 @@
+"""What a step of DPO with an adapter costs against a step of SFT with the same adapter, side by side in one run.
+
+    python benchmarks/dpo_cost.py [--preset mini] [--steps 5]
+
+Both train the same adapter, SFT on answers, DPO on pairs of answers to such questions. A pair is two sequences, each
+seen by the policy with gradient and by the reference without. Seconds are the median step after one of warm-up; memory
+is the peak of the steps (resident set, read every 5 ms; allocated device memory on a GPU), less what the process held
+before the first of them. Each run has a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ADAPTER = {"scopes": ["attention", "text_experts", "vision_experts"], "rank": 16, "alpha": 32}
+
+
+def recipe(stage: str, reference: str, folder: Path, steps: int, batch: int) -> dict:
+    """The same run in all but its stage."""
+    rows = {"sft": "train.jsonl", "dpo": "preferences.jsonl"}[stage]
+    blocks: dict = {"dpo": {"reference": reference}} if stage == "dpo" else {}
+    return {
+        "stage": {"sft": "lora", "dpo": "dpo"}[stage],
+        "model": {"name": str(folder / "model"), "dtype": "float32"},
+        "adapter": ADAPTER,
+        "data": {"train": [{"path": str(folder / "digits" / rows), "limit": batch * (steps + 1)}]},
+        "training": {
+            "max_steps": steps + 1,
+            "per_device_train_batch_size": batch,
+            "gradient_checkpointing": False,
+            "learning_rate": 1e-4,
+            "save_strategy": "no",
+            "report_to": "none",
+        },
+        "run": {"dir": str(folder / f"{stage}-{reference}")},
+        **blocks,
+    }
+
+
+def measure(stage: str, reference: str, folder: Path, steps: int, batch: int) -> dict[str, float]:
+    """Seconds per step and peak memory of one run, in this process."""
+    import resource
+
+    import torch
+    from rich.console import Console
+    from transformers import TrainerCallback
+
+    from ernie_align.report.console import Terminal, hush
+    from ernie_align.runs import load_recipe, run
+
+    times: list[float] = []
+    held: list[float] = []
+    ended = threading.Event()
+
+    def watch_memory():
+        while not ended.wait(0.005):
+            held.append(resident())
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            held.append(resident())
+            threading.Thread(target=watch_memory, daemon=True).start()
+            if torch.cuda.is_available():
+                held[:] = [torch.cuda.memory_allocated()]
+                torch.cuda.reset_peak_memory_stats()
+
+        def on_train_end(self, args, state, control, **kwargs):
+            ended.set()
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            synchronize()
+            self.start = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            synchronize()
+            times.append(time.perf_counter() - self.start)
+
+    class Quiet(Terminal):
+        def progress(self):
+            return [Clock()]
+
+    def synchronize():
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    hush()
+    run(load_recipe(recipe(stage, reference, folder, steps, batch)), reporter=Quiet(Console(quiet=True)))
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else max(held)
+    return {"seconds": statistics.median(times[1:]), "gigabytes": (peak - held[0]) / 1e9}
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU"
+
+
+def main() -> None:
+    """Make the model and the rows, measure each way in a process of its own, and print a table of ratios."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--preset", default="mini", choices=["tiny", "mini"])
+    arguments.add_argument("--steps", type=int, default=5)
+    arguments.add_argument("--batch", type=int, default=4, help="rows, or pairs, of a step")
+    arguments.add_argument("--one", nargs=3, metavar=("STAGE", "REFERENCE", "FOLDER"), help=argparse.SUPPRESS)
+    given = arguments.parse_args()
+    if given.one:
+        stage, reference, folder = given.one
+        print(json.dumps(measure(stage, reference, Path(folder), given.steps, given.batch)))
+        return
+    from ernie_align.tiny import make_checkpoint, make_digits
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_checkpoint("vl_moe", folder / "model", preset=given.preset)
+        make_digits(folder / "digits")
+        figures = {}
+        for stage, reference in (("sft", "none"), ("dpo", "auto"), ("dpo", "precomputed")):
+            settings = ["--steps", str(given.steps), "--batch", str(given.batch), "--preset", given.preset]
+            command = [sys.executable, __file__, *settings, "--one", stage, reference, str(folder)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
+            figures[stage, reference] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{given.preset}, {given.batch} rows or pairs a step, float32, {machine()}\n")
+    print("| | seconds a step | times SFT | GB over the loaded model | times SFT |\n|---|---|---|---|---|")
+    base = figures["sft", "none"]
+    for (stage, reference), figure in figures.items():
+        what = "SFT" if stage == "sft" else f"DPO, reference: {reference}"
+        ratios = [f"{figure[key]:.2f} | {figure[key] / base[key]:.2f}" for key in ("seconds", "gigabytes")]
+        print(f"| {what} | {ratios[0]} | {ratios[1]} |")
+
+
+if __name__ == "__main__":
+    main()
