@@ -105,9 +105,9 @@ def _preferences(numbers: list[int], labels: list[int], draw: random.Random) -> 
         if place % 2 == 0:
             wrong = NUMBERS[draw.choice([label for label in range(10) if label != labels[number]])]
             named.append(_pair(_row([_image(number, inverted=True)], NAME_QUESTION, right, "wrong"), wrong))
-        elif place % 4 == 1:
+        else:
             named.append(_pair(_row([_image(number)], NAME_QUESTION, right, "wordy"), f"It is the digit {right}."))
-    compared = _comparisons(numbers, labels, draw, len(numbers) // 4)
+    compared = _comparisons(numbers, labels, draw, len(numbers) // 8)
     others = {"first": "second", "second": "first"}
     sums = _sums(draw, max(len(numbers) // 12, 20))
     rows = [*named, *(_pair(row, others[row["answer"]]) for row in compared)]
