@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -85,12 +85,12 @@ def evaluate_(
     limit: Annotated[int | None, typer.Option(min=1, help="Rows of each file.")] = None,
 ) -> None:
     """Ask checkpoints questions with known answers: figures per kind of question, with a 95 % interval."""
-    from ernie_align.evaluation import evaluate, write_reports
+    from ernie_align.evaluation import Metric, evaluate, write_reports
     from ernie_align.report.comparison import comparison, short_name
     from ernie_align.report.console import Terminal, hush
 
-    if metrics not in ("exact_match", "preference"):
-        raise typer.BadParameter("choose from exact_match, preference", param_hint="--metrics")
+    if metrics not in get_args(Metric):
+        raise typer.BadParameter(f"choose from {', '.join(get_args(Metric))}", param_hint="--metrics")
     hush()
     terminal = Terminal()
     reports = []

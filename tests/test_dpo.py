@@ -77,11 +77,16 @@ def recipe_in_mode(mode, checkpoints, rows, run_dir, adapter, **blocks):
     return {name: block for name, block in recipe.items() if block is not None}
 
 
+@pytest.mark.parametrize(("dtype", "checkpointing"), [("float32", False), ("bfloat16", True)])
 @pytest.mark.parametrize("mode", MODES)
-def test_at_step_zero_the_policy_is_its_reference(mode, checkpoints, mixed_pairs, adapter, tmp_path):
+def test_at_step_zero_the_policy_is_its_reference(
+    mode, dtype, checkpointing, checkpoints, mixed_pairs, adapter, tmp_path
+):
     """Margin exactly 0 and loss log 2, images and text in one batch: a reference that saw no image would differ."""
-    training = {"max_steps": 1, "learning_rate": 0.0}
-    run_quietly(recipe_in_mode(mode, checkpoints, mixed_pairs, tmp_path / "run", adapter, training=training))
+    training = {"max_steps": 1, "learning_rate": 0.0, "gradient_checkpointing": checkpointing}
+    recipe = recipe_in_mode(mode, checkpoints, mixed_pairs, tmp_path / "run", adapter, training=training)
+    recipe["model"]["dtype"] = dtype
+    run_quietly(recipe)
     assert logged(tmp_path / "run") == [pytest.approx(math.log(2), abs=1e-6)]
     assert logged(tmp_path / "run", "rewards/margins") == [0.0]
     assert logged(tmp_path / "run", "rewards/chosen") == logged(tmp_path / "run", "rewards/rejected") == [0.0]
@@ -349,6 +354,17 @@ def test_a_run_goes_on_from_the_run_before_it(checkpoints, digits, adapter, tmp_
     run_quietly(recipe | {"training": recipe["training"] | {"max_steps": 1}})
     assert RunDirectory(tmp_path / "run").final.exists()
     assert logged(tmp_path / "run", "rewards/margins") == [0.0]
+
+
+def test_a_run_that_cannot_be_gone_on_with_is_told(checkpoints, text_rows, adapter, tmp_path):
+    with pytest.raises(RecipeError, match="is an adapter, not a model"):
+        set_up(load_recipe(recipe_of("sft", adapter, text_rows, tmp_path / "run")))
+    other = recipe_of("dpo", adapter, text_rows, tmp_path / "run", adapter={"path": str(tmp_path)})
+    with pytest.raises(RecipeError, match=r"adapter\.path names another"):
+        set_up(load_recipe(other))
+    shutil.rmtree(adapter / "final")
+    with pytest.raises(RecipeError, match="has not finished"):
+        set_up(load_recipe(recipe_of("lora", adapter, text_rows, tmp_path / "run")))
 
 
 @pytest.mark.parametrize(

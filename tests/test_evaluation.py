@@ -85,6 +85,34 @@ def test_what_follows_the_thinking_is_the_answer(checkpoints, tmp_path, monkeypa
     assert figure.correct == 1
 
 
+def test_preference_is_which_answer_is_more_likely(checkpoints, digits, tmp_path):
+    """Log-probabilities in batches are those of each pair alone, by cross-entropy of the model's own logits."""
+    import torch
+
+    from ernie_align.data.pairs import PairCollator, PairEncoder
+    from ernie_align.evaluation.generate import renderer_of
+
+    lines = (digits / "preferences-val.jsonl").read_text().splitlines()[:5]
+    file = digits / "few-preferences.jsonl"
+    file.write_text("".join(line + "\n" for line in lines))
+    report = evaluate(checkpoints["vl_moe"], file, metrics="preference", batch_size=3)
+    bundle = load_model(str(checkpoints["vl_moe"]))
+    encode = PairEncoder(renderer_of(bundle), max_length=512)
+    for line, row in zip(lines, report.rows, strict=True):
+        (pair,) = encode(canonical(json.loads(line), "preference", digits))
+        batch = PairCollator(0, image_processor=bundle.image_processor)([pair | {"rows": [0, 0]}])
+        inputs = {name: batch[name] for name in batch if name not in ("rows", "vision_tokens", "completion_mask")}
+        with torch.no_grad():
+            logits = bundle.model(**inputs, use_cache=False).logits[:, :-1]
+        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
+        expected = -(nll * batch["completion_mask"][:, 1:]).sum(dim=1)
+        # sums of float32 over batches padded to other widths
+        assert [row["chosen_logp"], row["rejected_logp"]] == pytest.approx(expected.tolist(), rel=1e-4)
+        assert row["correct"] == (row["chosen_logp"] > row["rejected_logp"])
+    with pytest.raises(DataError, match="no preference is known"):
+        evaluate(checkpoints["vl_moe"], digits / "val.jsonl", metrics="preference")
+
+
 def test_zero_is_an_answer(checkpoints, tmp_path):
     file = tmp_path / "sums.jsonl"
     row = {"messages": [{"role": "user", "content": "What is zero plus zero?"}], "answer": 0}

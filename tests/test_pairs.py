@@ -151,6 +151,16 @@ def test_a_long_prompt_loses_its_oldest_words_but_no_image_and_no_answer(rendere
         encoded(row, renderers["vl_moe"], digits, max_length=20, cut=True)
 
 
+def test_the_preview_shows_prompt_and_both_sides(renderers):
+    from ernie_align.data.preview import as_text, preview
+
+    parts = preview(encoded(SAME["preference"], renderers["vl_moe"])[0], renderers["vl_moe"])
+    assert list(parts) == ["prompt", "chosen", "rejected"]
+    assert not any(stretch.trained for stretch in parts["prompt"])
+    assert all(stretch.trained for side in ("chosen", "rejected") for stretch in parts[side])
+    assert as_text(parts).count("token") == 3
+
+
 def test_a_batch_is_chosen_above_rejected_with_images_twice(renderers, digits):
     from ernie_align.models.load import load_model
 

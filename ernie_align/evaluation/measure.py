@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ernie_align.data.row import Row, RowFault
 from ernie_align.data.sources import Source, canonical_rows
@@ -82,8 +82,11 @@ def evaluate(
     `kind` groups the figures.
     out: write the report there as JSON too; thinking: of the chat template, unless a row says otherwise (what follows
     `</think>` is then the answer); limit: rows of each file; tick: told the number of rows done so far.
-    Raises DataError for rows without a known answer, ModelError where the checkpoint does not load or route.
+    Raises ValueError for an unknown metric, DataError for rows without a known answer, ModelError where the checkpoint
+    does not load or route.
     """
+    if metrics not in get_args(Metric):
+        raise ValueError(f"metrics is {metrics!r}: choose from {', '.join(get_args(Metric))}")
     start = time.monotonic()
     files = [str(data)] if isinstance(data, (str, Path)) else [str(file) for file in data]
     read = _pairs if metrics == "preference" else _questions
