@@ -81,6 +81,18 @@ def test_an_answer_of_turns_that_history_tells_otherwise_is_refused(renderers):
         encoded(row, renderers["vl_moe"])
 
 
+def test_thinking_and_tools_reach_the_pair(renderers):
+    """Reasoning is compared where thinking is on, and counted as left out where it is off; tools are context."""
+    decode = renderers["vl_moe"].tokenizer.decode
+    sides = {"chosen": [{**RIGHT, "reasoning_content": "plus"}], "rejected": [WRONG | {"reasoning_content": "one"}]}
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    (on,) = encoded({"prompt": [QUESTION], **sides, "thinking": True, "tools": tools}, renderers["vl_moe"])
+    assert decode(on["chosen_ids"]).split("</think>")[0].strip() == "plus" and on["reasoning_left_out"] == 0
+    assert "add" in decode(on["prompt_ids"])
+    (off,) = encoded({"prompt": [QUESTION], **sides}, renderers["vl_moe"])
+    assert decode(off["chosen_ids"]).startswith("five") and off["reasoning_left_out"] == 2
+
+
 def test_text_pairs_are_plain(renderers):
     (pair,) = encoded({"prompt": "one plus", "chosen": " two", "rejected": " three"}, renderers["dense"])
     (implicit,) = encoded({"chosen": "one plus two", "rejected": "one plus three"}, renderers["dense"])
