@@ -302,7 +302,7 @@ class Recipe(Block):
     @classmethod
     def training_model(cls) -> type[BaseModel]:
         """The stage's TRL config as a pydantic model: every key it has, minus those the recipe sets elsewhere."""
-        raise NotImplementedError
+        raise AssertionError(f"{cls.__name__} names no TRL config")
 
     @classmethod
     def owned_training_keys(cls) -> Mapping[str, str]:
