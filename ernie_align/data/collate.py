@@ -96,6 +96,12 @@ class Collator:
         return batch | pixels_of(examples, self.image_processor, self.row_name)
 
 
+def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch the model is given; the rest is labels, masks and names."""
+    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+    return {name: batch[name] for name in names if name in batch}
+
+
 def pixels_of(
     examples: list[dict[str, Any]], image_processor: Any, row_name: Callable[[int, int], str]
 ) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "erniekit_preference": ("src", "response", "sort"),
     "ultrafeedback": ("instruction", "completions"),
 }
+_SIDES = ("chosen", "rejected")
 _SCORES = ("overall_score", "score", "rating")  # of a completion in UltraFeedback-style rows
 
 
@@ -92,7 +93,6 @@ CONVERTERS: dict[str, Callable[[Mapping[str, Any], Path | None], Row]] = {
     "erniekit_preference": _erniekit,
     "ultrafeedback": _ultrafeedback,
 }
-_SIDES = ("chosen", "rejected")
 
 
 def _ranked(prompt: list[Message], sides: list[list[Any]], root: Path | None, ranks: Any = (1, 0)) -> Row:

@@ -9,6 +9,8 @@ from typing import Any
 
 from ernie_align.data.render import IGNORED, Renderer
 
+_SIDES = ("chosen", "rejected")
+
 
 @dataclass(frozen=True)
 class Stretch:
@@ -33,9 +35,6 @@ def preview(example: dict[str, Any], renderer: Renderer) -> dict[str, list[Stret
     sides = {side: _stretches(example[f"{side}_ids"], example[f"{side}_mask"], renderer) for side in _SIDES}
     prompt = example["prompt_ids"]
     return {"prompt": _stretches(prompt, [0] * len(prompt), renderer), **sides}
-
-
-_SIDES = ("chosen", "rejected")
 
 
 def _stretches(ids: list[int], trained: Sequence[int], renderer: Renderer) -> list[Stretch]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ernie_align.data.collate import Collator
+from ernie_align.data.collate import Collator, model_inputs
 from ernie_align.data.render import Renderer, Vision
 from ernie_align.data.row import Row
 from ernie_align.models.load import Bundle
@@ -82,8 +82,7 @@ def _generate(bundle: Bundle, renderer: Renderer, batch: dict[str, Any], samplin
     model = bundle.model
     device = next(model.parameters()).device
     vision_tokens = int(batch["vision_tokens"])
-    keep = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
-    inputs = {key: batch[key].to(device) for key in keep if key in batch}
+    inputs = {name: values.to(device) for name, values in model_inputs(batch).items()}
     forbidden = {}
     if bundle.modality is not None:
         # `generate` places images (3-D rope) before the backbone is called, so it has to be told here

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ernie_align.data.collate import model_inputs
 from ernie_align.data.pairs import PairCollator, PairEncoder
 from ernie_align.data.render import IGNORED, Renderer
 from ernie_align.data.row import Row
@@ -41,8 +42,7 @@ def _logps(bundle: Bundle, batch: dict[str, Any]) -> Tensor:
     from ernie_align.losses import token_logps
 
     device = next(bundle.model.parameters()).device
-    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
-    inputs = {name: batch[name].to(device) for name in names if name in batch}
+    inputs = {name: values.to(device) for name, values in model_inputs(batch).items()}
     labels = inputs["input_ids"].masked_fill(batch["completion_mask"].to(device) == 0, IGNORED)
     with torch.no_grad(), count_routed_tokens(pool_blocks(bundle.model)) as seen:
         logits = bundle.model(**inputs, use_cache=False).logits

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from trl import DPOTrainer
 
 from ernie_align import losses
+from ernie_align.data.collate import model_inputs
 from ernie_align.data.render import IGNORED
 from ernie_align.models.modality import ModalityTokens, moe_mm_token_type_ids
 from ernie_align.models.routing import expert_flips, record_experts
@@ -86,9 +88,9 @@ class PreferenceTrainer(DPOTrainer):
         """TRL's losses and metrics of a batch of pairs, plus our own losses."""
         vision_tokens = self.watch.take(inputs)
         evaluating = not self.model.training
-        with record_experts(self.model if evaluating else _NO_ROUTERS) as here:
+        with record_experts(self.model) if evaluating else nullcontext({}) as here:
             outputs = self._policy(model, inputs, vision_tokens)
-        with record_experts(self.ref_model or self.model if evaluating else _NO_ROUTERS) as there:
+        with record_experts(self.ref_model or self.model) if evaluating else nullcontext({}) as there:
             reference = self._reference(inputs, vision_tokens)
         if there:
             self._count_flips(here, there, inputs)
@@ -119,10 +121,8 @@ class PreferenceTrainer(DPOTrainer):
     def _policy(self, model: Any, inputs: dict[str, Any], vision_tokens: int) -> Any:
         """TRL's outputs of the fused head: per-token log-probabilities and what its metrics are made of."""
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
-        names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
-        seen = {name: inputs[name] for name in names if name in inputs}
         with self.watch.forward(vision_tokens, labels.numel()):
-            return model(**seen, labels=labels, fused_lm_head=True, use_cache=False)
+            return model(**model_inputs(inputs), labels=labels, fused_lm_head=True, use_cache=False)
 
     def _reference(self, inputs: dict[str, Any], vision_tokens: int) -> tuple[Tensor, Tensor]:
         """(P,) log-probabilities of both sides under the reference; zeros where no loss asks for one."""
@@ -179,6 +179,3 @@ class PreferenceTrainer(DPOTrainer):
         """As Trainer, without the reference: Trainer would resume from that folder and from nothing else."""
         super()._save(output_dir, state_dict)
         shutil.rmtree(Path(output_dir or self.args.output_dir) / _REF_ADAPTER, ignore_errors=True)
-
-
-_NO_ROUTERS = torch.nn.Module()
