@@ -1,6 +1,7 @@
 """What a user asked for: strict, frozen recipes, judged whole before anything heavy. Imports no torch."""
 
 from ernie_align.recipe.load import differences, load_recipe, to_yaml
+from ernie_align.recipe.rewards import RewardBlock
 from ernie_align.recipe.schema import (
     ADAPTABLE,
     PARTS,
@@ -26,6 +27,7 @@ __all__ = [
     "PartAdapter",
     "PartTune",
     "Recipe",
+    "RewardBlock",
     "RunBlock",
     "SourceBlock",
     "TuneBlock",

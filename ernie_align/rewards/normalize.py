@@ -1,0 +1,58 @@
+"""Rewards -> advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def advantages(
+    rewards: Tensor,
+    groups: Tensor,
+    domains: Sequence[str],
+    *,
+    how: Literal["per_domain", "group", "none"],
+    eps: float = 1e-4,
+) -> Tensor:
+    """How much better than its siblings each completion is.
+
+    rewards (N,) float, NaN where no reward applied; groups (N,) int, equal for the completions of one prompt; domains:
+    N names -> (N,), 0 where the reward is NaN.
+
+    A = r - mean(group)                          none
+    A = (r - mean(group)) / (std(group) + eps)   group: TRL's GRPOTrainer with scale_rewards="group"
+    A = (r - mean(group)) / (std(domain) + eps)  per_domain
+
+    The last is our reading of "rewards are normalized per domain, at each iteration", which is all that is known of
+    ERNIE 4.5's: z = (r - mean(domain)) / (std(domain) + eps) over this batch, and A = z - mean_group(z). A group lies
+    in one domain, so the domain's mean cancels. Standard deviations are unbiased (n - 1), and 0 for a single reward.
+    """
+    mean, std = _moments(rewards, groups)
+    if how == "none":
+        return (rewards - mean).nan_to_num(nan=0.0)
+    if how == "per_domain":
+        names = {name: number for number, name in enumerate(dict.fromkeys(domains))}
+        _, std = _moments(rewards, torch.tensor([names[name] for name in domains], device=rewards.device))
+    return ((rewards - mean) / (std + eps)).nan_to_num(nan=0.0)
+
+
+def _moments(rewards: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
+    """rewards (N,), of (N,) int -> mean and std of each one's set, both (N,); NaN rewards are left out.
+
+    One row for each set, NaN where it is shorter than the longest: with sets of one size these are TRL's own rows, and
+    the sums run in its order, so that the result is equal to the last bit.
+    """
+    _, row, sizes = of.unique(return_inverse=True, return_counts=True)
+    order = row.argsort(stable=True)
+    column = torch.empty_like(row)
+    column[order] = torch.arange(len(row), device=row.device) - (sizes.cumsum(0) - sizes)[row[order]]
+    table = rewards.new_full((len(sizes), int(sizes.max())), torch.nan)
+    table[row, column] = rewards
+    count = (~table.isnan()).sum(dim=1, keepdim=True)
+    mean = table.nanmean(dim=1, keepdim=True)
+    variance = ((table - mean) ** 2).nanmean(dim=1, keepdim=True) * (count / (count - 1))
+    std = torch.where(count > 1, variance, 0.0).sqrt()
+    return mean[row, 0], std[row, 0]
