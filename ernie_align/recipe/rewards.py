@@ -137,7 +137,7 @@ class JsonSchemaReward(_Reward):
         return against
 
     @property
-    def json_schema_itself(self) -> dict[str, Any]:
+    def schema_itself(self) -> dict[str, Any]:
         """The schema as a mapping, from the file where one is named."""
         return _read_json(self.against) if isinstance(self.against, str) else self.against
 

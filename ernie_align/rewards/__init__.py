@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ernie_align.recipe.rewards import RewardBlock
-from ernie_align.rewards.builtin import SCORERS
+from ernie_align.rewards.builtin import scorer_of
 from ernie_align.rewards.reward import Reward, missing_columns
 
 __all__ = ["Reward", "build", "missing_columns"]
@@ -23,7 +23,7 @@ def build(blocks: Sequence[RewardBlock], *, cache: Path | None = None) -> list[R
     for block in blocks:
         names.append(_unused(block.label or block.name.rpartition(":")[2], names))
     return [
-        Reward(name, block.weight, SCORERS[block.name](block, cache), block.where(""))
+        Reward(name, block.weight, scorer_of(block, cache), block.where(""))
         for name, block in zip(names, blocks, strict=True)
     ]
 
