@@ -43,6 +43,9 @@ DOORS = {
     "typer": ("cli",),
     "rich": ("cli", "report"),
     "matplotlib": ("report",),
+    "math_verify": ("rewards",),
+    "jsonschema": ("rewards",),
+    "httpx2": ("rewards",),
 }
 
 

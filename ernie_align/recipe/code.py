@@ -38,7 +38,7 @@ class Function:
     def read(cls, path: Path, name: str) -> Function:
         """The function `name` at the top level of the file. Raises a fault of the recipe if there is none."""
         try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+            tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
         except OSError as error:
             what = f"{path} cannot be read: {error.strerror}"
             raise fault("", what, fix="name a file; paths start at the working directory") from None

@@ -80,7 +80,7 @@ class MathsReward(_Reward):
 
     name: Literal["maths"]
     column: str = Field("answer", description="Row column with the expected answer: LaTeX or plain")
-    timeout: float = Field(5.0, gt=0, description="Seconds for one comparison; what takes longer is wrong")
+    timeout: float = Field(5.0, gt=0, description="Seconds of computing for one comparison; what takes longer is wrong")
 
 
 class FormatReward(_Reward):

@@ -63,7 +63,6 @@ class Endpoint:
                         reply = future.result()
                     except EndpointFailed as error:
                         failures.append(str(error))
-                        stop.set()
                     else:
                         if reply is not None:
                             yield under_way[future], reply
@@ -82,6 +81,7 @@ class Endpoint:
             if reply is not None and (last or accept(reply)):
                 return reply
             if failure is not None and (last or wait is None):
+                stop.set()
                 raise EndpointFailed(failure)
             if failure is not None:
                 stop.wait(min(max(wait, self.backoff * 2**attempt), _LONGEST_WAIT))

@@ -13,7 +13,7 @@ from pathlib import Path
 from ernie_align.errors import RunError
 
 _WORKER = Path(__file__).with_name("maths_worker.py")
-_GRACE = 2.0  # seconds after which a comparison that does not heed its own timer is ended with its process
+_GRACE = 4.0  # times the timeout, by the clock: then a comparison that does not heed its timer is ended
 
 
 class Mathematician:
@@ -21,7 +21,8 @@ class Mathematician:
 
     A model's answer may be `10^10^10`: work without end, and partly in C, where neither a signal nor a thread can stop
     it. math-verify's own timeout is a signal besides, which only a main thread may set. Hence a process, started with
-    the first question, with its own timer; what outlasts that too is killed, and the next question starts another.
+    the first question, with a timer on its computing time; what does not heed that is killed, and the next question
+    starts another.
     """
 
     def __init__(self, *, timeout: float):
@@ -39,7 +40,7 @@ class Mathematician:
         """1 or 0; None if the expected answer itself is nothing that math-verify can read."""
         with self._lock:
             process = self._running()
-            timer = threading.Timer(self._timeout + _GRACE, process.kill)
+            timer = threading.Timer(self._timeout * _GRACE, process.kill)
             timer.start()
             try:
                 reply = self._ask(process, answer, expected)
