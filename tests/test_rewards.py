@@ -181,9 +181,11 @@ def test_scores_are_finite_numbers_one_for_each_completion(scores, says):
         reward(["a", "b"], ["c", "d"])
 
 
-def test_booleans_are_numbers():
-    reward = Reward("sure", 1.0, Scorer(lambda prompts, completions, **columns: [True, None]))
-    assert reward(["a", "b"], ["c", "d"]) == [1.0, None]
+def test_booleans_and_the_scalars_of_numpy_and_torch_are_numbers():
+    numpy, torch = pytest.importorskip("numpy"), pytest.importorskip("torch")
+    found = [True, None, numpy.bool_(True), numpy.float32(0.5), torch.tensor(0.25)]
+    reward = Reward("sure", 1.0, Scorer(lambda prompts, completions, **columns: found))
+    assert reward("abcde", "fghij") == [1.0, None, 1.0, 0.5, 0.25]
 
 
 def test_a_column_that_never_came_is_named():

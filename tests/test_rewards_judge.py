@@ -206,6 +206,8 @@ def test_images_go_along_when_asked(endpoint):
         ("**Score:** 7\n", 7),
         ("Score: 7\nThank you", None),
         ("Score: seven", None),
+        ("Score: 7/10", 7),
+        ("Score: 4/5", None),
         ("Score: 11", None),
         ("Score: -1", None),
         ("It would be Score: 7", None),

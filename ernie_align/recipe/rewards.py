@@ -21,6 +21,7 @@ Unit = Literal["tokens", "characters", "words"]
 class _Reward(Block):
     """What every reward has."""
 
+    name: str
     label: str | None = Field(None, min_length=1, description="What logs call it; otherwise its name")
     weight: float = Field(
         1.0, allow_inf_nan=False, description="In the sum of rewards; negative is a penalty, 0 is only logged"

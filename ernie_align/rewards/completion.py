@@ -25,7 +25,7 @@ def message(text: str, *, opened: bool) -> dict[str, Any]:
 
 
 def _split(text: str, *, opened: bool) -> tuple[str | None, str]:
-    before, start, rest = ("", OPEN, text.removeprefix(OPEN)) if opened else text.partition(OPEN)
+    before, start, rest = ("", OPEN, text.lstrip().removeprefix(OPEN)) if opened else text.partition(OPEN)
     if not start:
         return None, text
     reasoning, _, answer = rest.partition(CLOSE)

@@ -45,6 +45,8 @@ class Endpoint:
         A reply that is not accepted is asked for again; after the last retry it is handed over as it is. Raises
         EndpointFailed after the last reply that came, when a request has failed for good; the rest are not sent.
         """
+        if not requests:
+            return
         import httpx2
 
         key = os.environ.get(self.api_key_env, "") if self.api_key_env else ""
@@ -93,7 +95,7 @@ class Endpoint:
 
         try:
             response = client.post(self.address, json=request)
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             return None, f"{type(error).__name__}: {error}", 0.0
         except httpx2.InvalidURL as error:
             return None, f"InvalidURL: {error}", None

@@ -40,7 +40,7 @@ def by_row(score: Callable[..., float | None], *columns: str) -> Scorer:
 
     def batch(prompts: Sequence[Any], completions: Sequence[Completion], **given: Any) -> Scores:
         rows = zip(completions, *(given[column] for column in columns), strict=True)
-        return [None if None in row[1:] else score(*row) for row in rows]
+        return [None if any(value is None for value in row[1:]) else score(*row) for row in rows]
 
     return Scorer(batch, columns, place_of(score))
 
@@ -114,6 +114,7 @@ class Reward:
         if len(scores) != len(completions):
             what = f"returned {len(scores)} scores for {len(completions)} completions"
             raise self._failed(what, self.scorer.place)
+        scores = [score.item() if hasattr(score, "item") else score for score in scores]  # of numpy and torch
         for row, score in enumerate(scores):
             if score is not None and not (isinstance(score, numbers.Real) and math.isfinite(score)):
                 what = f"returned {_short(score)} where a finite number, or None for does not apply, is wanted"
