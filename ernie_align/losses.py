@@ -1,7 +1,8 @@
 """Losses as pure functions of tensors.
 
-Shapes: B rows, T tokens, V vocabulary, P pairs. A log-probability of a sequence is the sum over its trained tokens; a
-log-ratio is log π(y|x) - log π_ref(y|x). y_w is the chosen answer of a pair, y_l the rejected one; s is the sigmoid.
+Shapes: B rows, T tokens, V vocabulary, P pairs, G generations of one prompt. A log-probability of a sequence is the sum
+over its trained tokens; a log-ratio is log π(y|x) - log π_ref(y|x). y_w is the chosen answer of a pair, y_l the
+rejected one; s is the sigmoid.
 """
 
 from __future__ import annotations
@@ -95,3 +96,41 @@ def dpop(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, l
     """
     fallen = torch.relu(-chosen_logratios)
     return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios - lambda_ * fallen))
+
+
+def clipped_policy(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, *, low: float, high: float
+) -> Tensor:
+    """(B, T) log-probabilities under the policy and under the one that sampled, (B,) advantages, (B, T) mask -> ().
+
+    mean over tokens of -min(r · A, clip(r, 1 - low, 1 + high) · A), r = π / π_old
+    Schulman et al. (2017), Proximal Policy Optimization, eq. 7, https://arxiv.org/abs/1707.06347; the two ends apart as
+    in Yu et al. (2025), DAPO, https://arxiv.org/abs/2503.14476, whose mean over the tokens of the whole batch it is.
+    """
+    ratio = torch.exp(logps - old_logps)
+    gained = torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - low, 1 + high) * advantages[:, None])
+    return -(gained * mask).sum() / mask.sum().clamp(min=1)
+
+
+def k3_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """Log-probabilities of the sampled tokens, any shape -> an estimate of KL(π ‖ π_ref) for each, never negative.
+
+    e^d - d - 1, d = log π_ref - log π
+    Schulman (2020), Approximating KL divergence, the estimator k3. http://joschu.net/blog/kl-approx.html
+    """
+    difference = ref_logps - logps
+    return torch.exp(difference) - difference - 1
+
+
+def best_and_worst(rewards: Tensor, *, margin: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Rejection sampling within each group: (P, G) rewards -> places of the best and the worst (P,), and (P,) whether
+    they make a pair.
+
+    No pair where the best is not more than `margin` above the worst: a tie says nothing. NaN (a completion that no
+    reward judged) is neither. Of equals the first is taken.
+    """
+    judged = ~rewards.isnan()
+    best = rewards.masked_fill(~judged, -torch.inf).argmax(dim=1)
+    worst = rewards.masked_fill(~judged, torch.inf).argmin(dim=1)
+    rows = torch.arange(len(rewards), device=rewards.device)
+    return best, worst, rewards[rows, best] - rewards[rows, worst] > margin

@@ -63,3 +63,35 @@ def test_token_logps_leave_out_what_is_ignored():
     """Two words of equal logits: each is said with probability one half."""
     found = losses.token_logps(torch.zeros(1, 3, 2), torch.tensor([[0, -100, 1]]))
     assert found.tolist() == [[0.0, pytest.approx(math.log(0.5))]]
+
+
+def test_clipped_policy():
+    """Ratios 1.5, 0.5 | 1, and one token masked. A = 2: min(3, 1.2 · 2) and min(1, 1.6) | A = -1: min(-1, -1)."""
+    old = torch.tensor([[0.0, 0.0], [-1.0, -1.0]])
+    logps = old + torch.tensor([[1.5, 0.5], [1.0, 7.0]]).log()
+    mask = torch.tensor([[1, 1], [1, 0]])
+    found = losses.clipped_policy(logps, old, torch.tensor([2.0, -1.0]), mask, low=0.2, high=0.2)
+    assert found.item() == pytest.approx(-(2.4 + 1.0 - 1.0) / 3)
+
+
+def test_a_bad_action_is_not_clipped_where_it_became_likelier():
+    """Ratio 1.5, A = -1: min(-1.5, -1.2) keeps the gradient that takes it back."""
+    logps = torch.tensor([[math.log(1.5)]], requires_grad=True)
+    found = losses.clipped_policy(logps, torch.zeros(1, 1), torch.tensor([-1.0]), torch.ones(1, 1), low=0.2, high=0.2)
+    found.backward()
+    assert (found.item(), logps.grad.item()) == (pytest.approx(1.5), pytest.approx(1.5))
+
+
+def test_k3_kl():
+    """d = log 2: 2 - log 2 - 1; d = -log 2: 1/2 + log 2 - 1; equal: 0. And never negative."""
+    found = losses.k3_kl(torch.tensor([0.0, 0.0, 0.0]), torch.tensor([math.log(2), -math.log(2), 0.0]))
+    assert found.tolist() == [pytest.approx(1 - math.log(2)), pytest.approx(math.log(2) - 0.5), 0.0]
+
+
+def test_best_and_worst_of_groups():
+    nan = math.nan
+    rewards = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.3, 0.3], [nan, 0.2, 0.9], [nan, nan, nan], [0.0, 0.1, 0.1]])
+    best, worst, pairs = losses.best_and_worst(rewards)
+    assert pairs.tolist() == [True, False, True, False, True]
+    assert best[pairs].tolist() == [1, 2, 1] and worst[pairs].tolist() == [0, 1, 0]
+    assert losses.best_and_worst(rewards, margin=0.5)[2].tolist() == [True, False, True, False, False]
