@@ -72,6 +72,14 @@ def _prompt_completion(row: Mapping[str, Any], root: Path | None) -> Row:
     return Row(messages=messages, images=images)
 
 
+def _prompt(row: Mapping[str, Any], root: Path | None) -> Row:
+    """TRL's prompt-only type."""
+    if isinstance(row["prompt"], str):
+        return Row(plain=(row["prompt"], ""))
+    messages, images = take_images(row["prompt"], root)
+    return Row(messages=messages, images=images)
+
+
 def _sharegpt(row: Mapping[str, Any], root: Path | None) -> Row:
     return Row(messages=[*system_message(row), *map(sharegpt_message, row["conversations"])])
 
@@ -131,6 +139,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "erniekit": ("src", "tgt"),
     "erniekit_vl": ("text_info",),
+    "prompt": ("prompt",),
 }
 _CONVERTERS: dict[str, Callable[[Mapping[str, Any], Path | None], Row]] = {
     **preferences.CONVERTERS,
@@ -140,4 +149,5 @@ _CONVERTERS: dict[str, Callable[[Mapping[str, Any], Path | None], Row]] = {
     "alpaca": _alpaca,
     "erniekit": _erniekit,
     "erniekit_vl": _erniekit_vl,
+    "prompt": _prompt,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,12 @@ def _split(text: str) -> list[dict[str, Any]]:
         if piece:
             parts.append({"type": "text", "text": piece})
     return parts
+
+
+def without_oldest_exchange(messages: list[Message]) -> list[Message] | None:
+    """The prompt without its oldest question and what was said to it; None if only images and the last are left."""
+    questions = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    for start, end in pairwise(questions):
+        if not images_in(messages[start:end]):
+            return messages[:start] + messages[end:]
+    return None

@@ -9,8 +9,9 @@ from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from ernie_align.data.collate import counted_features, pad, pixels_of
+from ernie_align.data.messages import without_oldest_exchange
 from ernie_align.data.render import IGNORED, Example, Renderer
-from ernie_align.data.row import Ending, Message, Row, RowDropped, RowFault, images_in
+from ernie_align.data.row import Ending, Message, Row, RowDropped, RowFault
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,7 @@ class PairEncoder:
                 raise self._bad("chosen equals rejected", "drop the row")
             if max(len(chosen.input_ids), len(rejected.input_ids)) <= self.max_length:
                 return _columns(chosen, rejected, cut)
-            shorter = _without_oldest_exchange(messages) if self.cut and row.plain is None else None
+            shorter = without_oldest_exchange(messages) if self.cut and row.plain is None else None
             if shorter is None:
                 raise RowDropped(f"over data.max_length {self.max_length}")
             cut, messages = True, shorter
@@ -126,15 +127,6 @@ def _columns(chosen: Example, rejected: Example, cut: bool) -> dict[str, Any]:
         "reasoning_left_out": chosen.reasoning_left_out + rejected.reasoning_left_out,
         "cut": cut,
     }
-
-
-def _without_oldest_exchange(messages: list[Message]) -> list[Message] | None:
-    """The prompt without its oldest question and what was said to it; None if only images and the last are left."""
-    questions = [place for place, message in enumerate(messages) if message["role"] == "user"]
-    for start, end in pairwise(questions):
-        if not images_in(messages[start:end]):
-            return messages[:start] + messages[end:]
-    return None
 
 
 class PairCollator:

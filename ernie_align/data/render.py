@@ -117,6 +117,14 @@ class Renderer:
         images = row.images[: images_in(messages)]
         return self._expand(ids, [IGNORED] * len(ids), images, self._image_tokens(images))
 
+    def opens_thinking(self, row: Row) -> bool:
+        """Whether the generation prompt of the row begins the model's reasoning, so that an answer starts within it."""
+        if row.plain is not None:
+            return False
+        prompt = self._text(row.messages, row, generation_prompt=True)
+        added = prompt.removeprefix(self._text(row.messages, row, generation_prompt=False))
+        return added.count(_OPEN_THINKING) > added.count(_CLOSE_THINKING)
+
     @cached_property
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: the end of sequence, and whatever the template closes a turn with."""

@@ -228,6 +228,7 @@ Format = Literal[
     "alpaca_preference",
     "erniekit_preference",
     "ultrafeedback",
+    "prompt",
 ]
 
 

@@ -22,9 +22,10 @@ def make_digits(folder: str | Path, *, seed: int = 0) -> Path:
     """Write the task into `folder`. Returns it.
 
     train/val/test.jsonl mix naming one digit, telling which of two images shows the larger one, and sums in words
-    without an image; parity_*.jsonl asks odd or even; inverted_*.jsonl asks for names of light-on-dark digits turned
-    dark-on-light; preferences*.jsonl hold a better and a worse answer to such questions. The same images are in the
-    same split everywhere. Sums are drawn from the same hundred in all splits.
+    without an image; prompts.jsonl holds the questions of train.jsonl, for a policy to answer; parity_*.jsonl asks odd
+    or even; inverted_*.jsonl asks for names of light-on-dark digits turned dark-on-light; preferences*.jsonl hold a
+    better and a worse answer to such questions. The same images are in the same split everywhere. Sums are drawn from
+    the same hundred in all splits.
     Raises DataError if scikit-learn is missing or the folder holds something already.
     """
     try:
@@ -55,6 +56,8 @@ def make_digits(folder: str | Path, *, seed: int = 0) -> Path:
         mixed = [*named, *_comparisons(numbers, labels, draw, size // 3), *_sums(draw, max(size // 12, 20))]
         draw.shuffle(mixed)
         _write(folder / f"{split}.jsonl", mixed)
+        if split == "train":
+            _write(folder / "prompts.jsonl", [_prompt(row) for row in mixed])
         parity = [_row([_image(n)], PARITY_QUESTION, ("even", "odd")[labels[n] % 2], "parity") for n in numbers]
         _write(folder / f"parity_{split}.jsonl", parity)
         inverted = [_row([_image(n, inverted=True)], NAME_QUESTION, NUMBERS[labels[n]], "inverted") for n in numbers]
@@ -81,6 +84,12 @@ def _row(images: list[str], question: str, answer: str, kind: str) -> dict[str, 
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     row = {"messages": messages, "images": images, "kind": kind, "answer": answer}
     return row if images else {key: value for key, value in row.items() if key != "images"}
+
+
+def _prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """The question of a row of messages alone, in TRL's words; its answer stays a column."""
+    question, _ = row["messages"]
+    return {"prompt": [question], **{key: value for key, value in row.items() if key != "messages"}}
 
 
 def _comparisons(numbers: list[int], labels: list[int], draw: random.Random, count: int) -> list[dict[str, Any]]:
