@@ -19,6 +19,21 @@ if TYPE_CHECKING:
     from ernie_align.recipe import AdapterBlock, TuneBlock
 
 
+REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter
+
+
+def keep_reference(model: PeftModel) -> None:
+    """Put a frozen copy of the active adapter beside it: what the policy is held to while it goes on learning."""
+    (active,) = model.active_adapters
+    model.add_adapter(REFERENCE_ADAPTER, model.peft_config[active])
+    for name, parameter in list(model.named_parameters()):
+        if f".{active}" in name:
+            model.get_parameter(name.replace(f".{active}", f".{REFERENCE_ADAPTER}")).data.copy_(parameter.data)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.requires_grad_(f".{REFERENCE_ADAPTER}" not in name)
+
+
 def unfreeze(bundle: Bundle, block: TuneBlock) -> list[Tensor]:
     """Freeze the model but for the tensors in scope. Returns those; raises ModelError where a scope matches nothing."""
     tensors = tuned_tensors(bundle.anatomy, block)

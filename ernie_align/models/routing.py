@@ -55,16 +55,16 @@ def count_routed_tokens(blocks: dict[str, nn.Module]) -> Iterator[RoutedTokens]:
 
 
 @contextmanager
-def record_experts(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Experts that each router chooses in one forward: name of the router -> (N, k) ids in rising order.
+def record_experts(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Experts that each router chooses, forward by forward: name of the router -> of each (N, k) ids in rising order.
 
     N counts the tokens of its pool, row by row of the batch.
     """
-    chosen: dict[str, Tensor] = {}
+    chosen: dict[str, list[Tensor]] = {}
 
     def recorder(name: str):
         def record(router: nn.Module, args: tuple, output: tuple) -> None:
-            chosen[name] = output[2].sort(dim=-1).values
+            chosen.setdefault(name, []).append(output[2].sort(dim=-1).values)
 
         return record
 
@@ -78,21 +78,37 @@ def record_experts(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def expert_flips(
-    policy: dict[str, Tensor], reference: dict[str, Tensor], *, real: Tensor, vision: Tensor
+    policy: dict[str, list[Tensor]], reference: dict[str, list[Tensor]], *, real: Tensor, vision: Tensor
 ) -> dict[str, tuple[int, int]]:
     """Of the tokens of each pool, over all layers: how many go to other experts in the policy, and how many there are.
 
-    policy, reference: of record_experts, on the same batch; real (B, T): False on padding; vision (B, T): True where a
-    token belongs to the vision pool.
+    policy, reference: of record_experts, on the same batch, each one forward or one generation (the prompts, then token
+    by token, the last of which is never fed); real (B, T): False on padding; vision (B, T): True where a token belongs
+    to the vision pool.
     """
     flips: dict[str, tuple[int, int]] = {}
-    for (name, here), there in zip(policy.items(), reference.values(), strict=True):
+    for name, calls in policy.items():
         pool = "vision" if ".vision_moe." in name else "text"
-        counted = real[vision] if pool == "vision" else real[~vision]
+        own = vision if pool == "vision" else ~vision
+        here, there = _by_position(calls, own), _by_position(reference[name], own)
+        counted = real & own & (here[..., 0] >= 0) & (there[..., 0] >= 0)
         other = (here != there).any(dim=-1) & counted
         flipped, total = flips.get(pool, (0, 0))
         flips[pool] = (flipped + int(other.sum()), total + int(counted.sum()))
     return flips
+
+
+def _by_position(calls: list[Tensor], own: Tensor) -> Tensor:
+    """What a router chose, call by call -> (B, T, k), -1 where it was not asked. own (B, T): tokens of its pool."""
+    first, *decoded = calls
+    placed = first.new_full((*own.shape, first.shape[-1]), -1)
+    width = own.shape[1]
+    if len(first) != int(own.sum()):
+        width -= 1 + len(decoded)
+    placed[:, :width][own[:, :width]] = first
+    for column, chosen in enumerate(decoded, start=width):
+        placed[:, column] = chosen
+    return placed
 
 
 def check_routing(seen: RoutedTokens, *, vision_tokens: int, tokens: int | None = None) -> None:

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from ernie_align.data.pairs import PairCollator, PairEncoder
-from ernie_align.errors import RecipeError
-from ernie_align.models.adapters import attach, unfreeze
-from ernie_align.models.scopes import adapter_targets, tuned_tensors
-from ernie_align.recipe import AdapterBlock, Block, Recipe, TuneBlock
+from ernie_align.recipe import Block
 from ernie_align.recipe.schema import fault
 from ernie_align.stages.base import OWNED_BY_EVERY_STAGE, Batches, Stage, trl_config
+from ernie_align.stages.policy import PolicyRecipe, frozen_model, reference_fingerprint, scope, wrap
 from ernie_align.stages.upstream import DPO_CONFIG, training_model
 
 if TYPE_CHECKING:
@@ -22,9 +20,7 @@ if TYPE_CHECKING:
     from trl import DPOConfig
 
     from ernie_align.data.render import Renderer
-    from ernie_align.models.anatomy import Anatomy, Tensor
     from ernie_align.models.load import Bundle
-    from ernie_align.models.scopes import Target
 
 # Keys of TRL's config that say what the loss is: written under dpo:, under TRL's own names.
 _TRL_LOSS_KEYS = (
@@ -132,12 +128,10 @@ class DpoBlock(Block):
         return self
 
 
-class DpoRecipe(Recipe):
+class DpoRecipe(PolicyRecipe):
     """Preference training of adapters (`adapter:`), or of the parts in `tune.scopes`."""
 
     stage: Literal["dpo"]
-    adapter: AdapterBlock | None = None
-    tune: TuneBlock | None = None
     dpo: DpoBlock = Field(default_factory=DpoBlock)
 
     @classmethod
@@ -151,31 +145,12 @@ class DpoRecipe(Recipe):
         return _OWNED
 
     @model_validator(mode="after")
-    def _one_way_to_train(self) -> DpoRecipe:
-        if self.adapter is not None and self.tune is not None:
-            raise fault("tune", "both adapter and tune", fix="train adapters, or weights: keep one of the two")
+    def _kept_reference_is_of_rows(self) -> DpoRecipe:
         if self.dpo.reference == "precomputed" and self.data.streaming:
             raise fault(
                 "dpo", "reference: precomputed of a stream", fix="set data.streaming or dpo.reference otherwise"
             )
         return self
-
-
-def _trained(recipe: DpoRecipe, by_adapter: Callable[[AdapterBlock], Any], by_tune: Callable[[TuneBlock], Any]) -> Any:
-    if recipe.adapter is not None:
-        return by_adapter(recipe.adapter)
-    if recipe.tune is not None:
-        return by_tune(recipe.tune)
-    fix = "write adapter: {scopes: [...]} or tune: {scopes: all}, or name an adapter to go on with as model.name"
-    raise RecipeError.at(recipe.where("adapter"), "nothing says what is trained", fix=fix)
-
-
-def _scope(recipe: DpoRecipe, anatomy: Anatomy) -> list[Target] | list[Tensor]:
-    return _trained(recipe, lambda block: adapter_targets(anatomy, block), lambda block: tuned_tensors(anatomy, block))
-
-
-def _wrap(recipe: DpoRecipe, bundle: Bundle) -> list[Target] | list[Tensor]:
-    return _trained(recipe, lambda block: attach(bundle, block), lambda block: unfreeze(bundle, block))
 
 
 def _encode(recipe: DpoRecipe, renderer: Renderer) -> PairEncoder:
@@ -237,17 +212,15 @@ def _build_trainer(
     from ernie_align.stages.reference import ReferenceLogps
 
     block = recipe.dpo
-    keeps_adapter = recipe.adapter is not None and recipe.adapter.path is not None
     stored = None
     if block.reference == "precomputed" and not block.reference_free:
-        adapter = recipe.adapter.path if keeps_adapter else None
-        fingerprint = f"{bundle.files.fingerprint(adapter)} {recipe.model.dtype} ld_alpha {block.ld_alpha}"
+        fingerprint = f"{reference_fingerprint(recipe, bundle)} ld_alpha {block.ld_alpha}"
         # a policy that goes on from a checkpoint of full fine-tuning is no longer its own reference
         is_reference = recipe.adapter is not None or bundle.weights is None
         stored = ReferenceLogps(Path(config.output_dir) / "reference", fingerprint, can_compute=is_reference)
     return PreferenceTrainer(
         model=bundle.model,
-        ref_model=_frozen_model(recipe, bundle) if _has_own_reference(recipe) else None,
+        ref_model=frozen_model(recipe) if _has_own_reference(recipe) else None,
         args=config,
         data_collator=PairCollator(
             bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor, row_name=batches.row_name
@@ -257,7 +230,7 @@ def _build_trainer(
         processing_class=bundle.processor,
         callbacks=callbacks,
         row_name=batches.row_name,
-        keeps_adapter=keeps_adapter,
+        keeps_adapter=recipe.keeps_adapter,
         reference_free=block.reference_free,
         length_normalize=block.length_normalize,
         sft_weight=block.sft_weight,
@@ -266,23 +239,12 @@ def _build_trainer(
     )
 
 
-def _frozen_model(recipe: DpoRecipe, bundle: Bundle) -> Any:
-    """The recipe's model once more, routed like the policy: of a resumed run too, it is where the run began."""
-    from ernie_align.models.load import load_model
-
-    block = recipe.model
-    reference = load_model(
-        block.name, dtype=block.dtype, revision=block.revision, attention=block.attention, where=block.where("name")
-    )
-    return reference.model.requires_grad_(False)
-
-
 DPO = Stage(
     name="dpo",
     help="Preference training on chosen and rejected answers, images included.",
     recipe=DpoRecipe,
-    scope=_scope,
-    wrap=_wrap,
+    scope=scope,
+    wrap=wrap,
     configure=_configure,
     encode=_encode,
     build_trainer=_build_trainer,

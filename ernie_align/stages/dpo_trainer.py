@@ -19,12 +19,11 @@ from trl import DPOTrainer
 from ernie_align import losses
 from ernie_align.data.collate import model_inputs
 from ernie_align.data.render import IGNORED
+from ernie_align.models.adapters import REFERENCE_ADAPTER
 from ernie_align.models.modality import ModalityTokens, moe_mm_token_type_ids
 from ernie_align.models.routing import expert_flips, record_experts
 from ernie_align.stages.reference import ReferenceLogps
 from ernie_align.stages.watch import Watch
-
-_REF_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter
 
 
 class PreferenceTrainer(DPOTrainer):
@@ -53,9 +52,9 @@ class PreferenceTrainer(DPOTrainer):
         self.sft_weight = sft_weight
         self.own_losses = own_losses
         super().__init__(*args, **kwargs)
-        if _REF_ADAPTER in getattr(self.model, "peft_config", {}) and not keeps_adapter:
+        if REFERENCE_ADAPTER in getattr(self.model, "peft_config", {}) and not keeps_adapter:
             # TRL copies any adapter it is handed. Behind a fresh one the reference is the model without adapters.
-            self.model.delete_adapter(_REF_ADAPTER)
+            self.model.delete_adapter(REFERENCE_ADAPTER)
         self.watch = Watch(self.model, row_name)
         self.reference_watch = Watch(self.ref_model, row_name) if self.ref_model is not None else self.watch
         self.modality = ModalityTokens.from_config(self.model.config)
@@ -178,4 +177,4 @@ class PreferenceTrainer(DPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As Trainer, without the reference: Trainer would resume from that folder and from nothing else."""
         super()._save(output_dir, state_dict)
-        shutil.rmtree(Path(output_dir or self.args.output_dir) / _REF_ADAPTER, ignore_errors=True)
+        shutil.rmtree(Path(output_dir or self.args.output_dir) / REFERENCE_ADAPTER, ignore_errors=True)
