@@ -10,6 +10,9 @@ _SHOWN = {
     "loss": "loss",
     "mean_token_accuracy": "accuracy",
     "rewards/accuracies": "preferred",
+    "reward": "reward",
+    "kl": "kl",
+    "held_out/accuracy": "held-out pairs preferred",
     "eval_loss": "eval loss",
 }
 
@@ -49,9 +52,8 @@ class ProgressBar(TrainerCallback):
             if not self.console.is_terminal and "loss" in (logs or {}):  # rich draws a bar only where it can redraw it
                 self.console.print(f"step {state.global_step} of {state.max_steps}: {values}")
         elif "eval_loss" in (logs or {}):
-            self.console.print(
-                f"evaluated: loss {logs['eval_loss']:.4f}, accuracy {logs['eval_mean_token_accuracy']:.4f}"
-            )
+            found = {name: logs[f"eval_{key}"] for key, name in _SHOWN.items() if f"eval_{key}" in logs}
+            self.console.print("evaluated: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         if self.progress is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ernie_align.data.load import SourceCount, judge, mix, prepare
+from ernie_align.data.load import Encoder, SourceCount, judge, mix, prepare
 from ernie_align.data.render import Renderer
 from ernie_align.data.sources import Source
 from ernie_align.errors import RecipeError
@@ -39,10 +39,14 @@ class Setup:
 
 @dataclass(frozen=True)
 class Data:
-    """Encoded examples, what became of the rows, and the names of the rows. counts: of train, then of eval."""
+    """Encoded examples, what became of the rows, and the names of the rows.
+
+    beside: what else the stage reads, by name; counts: of train, of eval, then of these.
+    """
 
     train: Dataset | IterableDataset
     eval: Dataset | IterableDataset | None
+    beside: dict[str, Dataset]
     counts: list[SourceCount]
     sources: list[Source]
 
@@ -124,7 +128,10 @@ def sample_data(setup: Setup, rows: int) -> tuple[dict[str, Any], list[SourceCou
     Raises DataError where a source or one of those rows is unsound.
     """
     data, encode = setup.recipe.data, setup.stage.encode(setup.recipe, setup.renderer)
-    judged = [judge(Source(block, data, sample=rows), encode) for block in (*data.train, *data.eval)]
+    asked = [(block, encode) for block in (*data.train, *data.eval)]
+    for beside in setup.stage.beside(setup.recipe, setup.renderer).values():
+        asked += [(block, beside.encode) for block in beside.sources]
+    judged = [judge(Source(block, data, sample=rows), way) for block, way in asked]
     return judged[0][0][0], [count for _, count in judged]
 
 
@@ -142,7 +149,7 @@ def prepare_data(setup: Setup, *, cache: Path | None = None) -> Data:
     sources: list[Source] = []
     counts: list[SourceCount] = []
 
-    def read(blocks: list[SourceBlock], kind: str, streaming: bool) -> list[Any]:
+    def read(blocks: list[SourceBlock], kind: str, streaming: bool, encode: Encoder = encode) -> list[Any]:
         prepared = []
         for block in blocks:
             source = Source(block, data, streaming=streaming)
@@ -157,4 +164,8 @@ def prepare_data(setup: Setup, *, cache: Path | None = None) -> Data:
     train = mix(read(data.train, "train", streaming), data.train, seed=recipe.run.seed, streaming=streaming)
     held_out = read(data.eval, "eval", False)
     evaluated = mix(held_out, data.eval, seed=recipe.run.seed) if held_out else None
-    return Data(train, evaluated, counts, sources)
+    beside = {
+        name: mix(read(wanted.sources, name, False, wanted.encode), wanted.sources, seed=recipe.run.seed)
+        for name, wanted in setup.stage.beside(recipe, setup.renderer).items()
+    }
+    return Data(train, evaluated, beside, counts, sources)

@@ -120,7 +120,7 @@ def _train(
 
     checkpoint = _where_to_go_on(directory, reporter, is_main) if resume else None
     bundle = _load(setup, checkpoint)
-    batches = Batches(data.train, data.eval, data.row_name)
+    batches = Batches(data.train, data.eval, data.row_name, setup.renderer, data.beside)
     callbacks = _callbacks(directory, bundle, recipe, reporter) if is_main else []
     trainer = setup.stage.build_trainer(recipe, config, bundle, batches, callbacks)
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict

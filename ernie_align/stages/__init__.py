@@ -3,7 +3,8 @@
 from ernie_align.stages.base import Batches, Stage
 from ernie_align.stages.dpo import DPO
 from ernie_align.stages.sft import LORA, SFT
+from ernie_align.stages.upo import UPO
 
-STAGES: dict[str, Stage] = {"sft": SFT, "lora": LORA, "dpo": DPO}
+STAGES: dict[str, Stage] = {"sft": SFT, "lora": LORA, "dpo": DPO, "upo": UPO}
 
 __all__ = ["STAGES", "Batches", "Stage"]

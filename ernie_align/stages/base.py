@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ernie_align.errors import RecipeError
-from ernie_align.recipe import Recipe
+from ernie_align.recipe import Recipe, SourceBlock
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -48,12 +48,31 @@ OWNED_BY_EVERY_STAGE: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Rows that a stage reads beside data.train and data.eval, and the way from one of them to examples."""
+
+    sources: list[SourceBlock]
+    encode: Encoder
+
+
+def nothing_beside(recipe: Recipe, renderer: Renderer) -> dict[str, Beside]:
+    """Of a stage that reads its training and evaluation rows alone."""
+    return {}
+
+
+@dataclass(frozen=True)
 class Batches:
-    """What a trainer reads. row_name: (source, row) -> the name of the row behind an example."""
+    """What a trainer reads.
+
+    row_name: (source, row) -> the name of the row behind an example; renderer: what the rows were rendered by; beside:
+    of Stage.beside, encoded.
+    """
 
     train: Dataset | IterableDataset
     eval: Dataset | IterableDataset | None
     row_name: Callable[[int, int], str]
+    renderer: Renderer
+    beside: Mapping[str, Dataset] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,8 @@ class Stage:
     wrap: (recipe, bundle) -> the same, done to the loaded model;
     configure: (recipe, output folder) -> TRL's config; raises RecipeError where TRL refuses a value;
     encode: (recipe, renderer) -> the way from a canonical row to examples;
-    build_trainer: (recipe, TRL's config, bundle, batches, callbacks) -> a TRL trainer, ready to train.
+    build_trainer: (recipe, TRL's config, bundle, batches, callbacks) -> a TRL trainer, ready to train;
+    beside: (recipe, renderer) -> what else it reads, by name.
     """
 
     name: str
@@ -76,6 +96,7 @@ class Stage:
     configure: Callable[[Any, str], Any]
     encode: Callable[[Any, Renderer], Encoder]
     build_trainer: Callable[[Any, Any, Bundle, Batches, list[TrainerCallback]], Trainer]
+    beside: Callable[[Any, Renderer], dict[str, Beside]] = nothing_beside
 
 
 def trl_config(cls: type, recipe: Recipe, *, output_dir: str, **owned: Any) -> Any:

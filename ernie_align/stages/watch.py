@@ -35,11 +35,11 @@ class Watch:
         return 0 if vision_tokens is None else int(vision_tokens)
 
     @contextmanager
-    def forward(self, vision_tokens: int, tokens: int) -> Iterator[None]:
-        """Around the forward of a batch: every vision token in the data must reach the vision pool.
+    def forward(self, vision_tokens: int, tokens: int | None = None) -> Iterator[None]:
+        """Around the forward of a batch of so many positions, or around a generation (None).
 
-        It costs one hook call per pool and layer, which reads a shape, so it watches every batch and not the first.
-        Raises ModelError where a token went astray.
+        Every vision token in the data must reach the vision pool. It costs one hook call per pool and layer, which
+        reads a shape, so it watches every batch and not the first. Raises ModelError where a token went astray.
         """
         with count_routed_tokens(self.blocks) as seen:
             yield

@@ -1,0 +1,60 @@
+"""Tables of completions and what they earned, kept in the run directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ernie_align.stages.rollout import Group
+
+
+class CompletionTables:
+    """`step-<n>.parquet` under a folder: at the first step and then every `steps`, all completions of a rollout."""
+
+    def __init__(self, folder: Path, steps: int):
+        self.folder = folder
+        self.steps = steps
+
+    def wanted(self, step: int) -> bool:
+        """Whether the rollout of a step (counted from 1) is kept."""
+        return step == 1 or step % self.steps == 0
+
+    def keep(self, step: int, rows: list[dict[str, Any]]) -> Path:
+        """Write one table; one that a stopped run left is replaced."""
+        from datasets import Dataset
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:06d}.parquet"
+        partial = path.with_name(f".{path.name}.partial")
+        Dataset.from_list(rows).to_parquet(partial)
+        partial.replace(path)
+        return path
+
+
+def table_of(groups: Sequence[Group], rewards: Sequence[str], decode: Any, row_name: Any) -> list[dict[str, Any]]:
+    """One row per completion: where its prompt stands, what was asked and answered, and what it earned."""
+    rows = []
+    for group in groups:
+        sides = dict(zip(group.pair or (), ("chosen", "rejected"), strict=False))
+        for place, completion in enumerate(group.completions):
+            said = completion[-1] if isinstance(completion, list) else {"content": completion}
+            scores = dict(zip(rewards, group.scores[place].tolist(), strict=True))
+            rows.append(
+                {
+                    "row": row_name(*group.example["rows"]),
+                    "domain": group.domain,
+                    "prompt": group.prompt if isinstance(group.prompt, str) else json.dumps(group.prompt),
+                    "completion": said["content"],
+                    "reasoning": said.get("reasoning_content"),
+                    "text": decode(group.ids[place]),
+                    "tokens": len(group.ids[place]),
+                    **{f"reward/{name}": score for name, score in scores.items()},
+                    "reward": group.rewards[place].item(),
+                    "advantage": group.advantages[place].item(),
+                    "left_out": group.left_out,
+                    "side": sides.get(place),
+                }
+            )
+    return rows
