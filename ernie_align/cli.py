@@ -66,6 +66,8 @@ def check(
     example, counts = sample_data(setup, rows)
     terminal.sources(counts)
     terminal.preview(preview(example, setup.renderer))
+    for line in setup.stage.tried(setup.recipe, setup.anatomy, example):
+        terminal.say(line)
     judged = sum(count.rows for count in counts)
     terminal.say(f"{recipe}: the recipe is sound, and so are the {judged} rows that were judged (--rows for more)")
 

@@ -60,6 +60,11 @@ def nothing_beside(recipe: Recipe, renderer: Renderer) -> dict[str, Beside]:
     return {}
 
 
+def nothing_to_try(recipe: Recipe, anatomy: Anatomy, example: dict[str, Any]) -> list[str]:
+    """Of a stage of which the coverage, the rows and one example say everything."""
+    return []
+
+
 @dataclass(frozen=True)
 class Batches:
     """What a trainer reads.
@@ -85,7 +90,8 @@ class Stage:
     configure: (recipe, output folder) -> TRL's config; raises RecipeError where TRL refuses a value;
     encode: (recipe, renderer) -> the way from a canonical row to examples;
     build_trainer: (recipe, TRL's config, bundle, batches, callbacks) -> a TRL trainer, ready to train;
-    beside: (recipe, renderer) -> what else it reads, by name.
+    beside: (recipe, renderer) -> what else it reads, by name;
+    tried: (recipe, anatomy, first example) -> lines about what can be tried without weights.
     """
 
     name: str
@@ -97,6 +103,7 @@ class Stage:
     encode: Callable[[Any, Renderer], Encoder]
     build_trainer: Callable[[Any, Any, Bundle, Batches, list[TrainerCallback]], Trainer]
     beside: Callable[[Any, Renderer], dict[str, Beside]] = nothing_beside
+    tried: Callable[[Any, Anatomy, dict[str, Any]], list[str]] = nothing_to_try
 
 
 def trl_config(cls: type, recipe: Recipe, *, output_dir: str, **owned: Any) -> Any:

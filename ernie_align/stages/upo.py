@@ -18,6 +18,7 @@ from ernie_align.recipe.schema import fault
 from ernie_align.rewards import build
 from ernie_align.stages.base import OWNED_BY_EVERY_STAGE, Batches, Beside, Stage, trl_config
 from ernie_align.stages.policy import PolicyRecipe, frozen_model, reference_fingerprint, scope, wrap
+from ernie_align.stages.upo_check import tried
 from ernie_align.stages.upstream import GRPO_CONFIG, training_model
 
 if TYPE_CHECKING:
@@ -251,9 +252,9 @@ def _build_trainer(
     batches: Batches,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
-    from ernie_align.stages.completions import CompletionTables
-    from ernie_align.stages.offline import OfflinePairs
     from ernie_align.stages.reference import ReferenceLogps
+    from ernie_align.stages.upo_pairs import OfflinePairs
+    from ernie_align.stages.upo_tables import CompletionTables
     from ernie_align.stages.upo_trainer import UnifiedTrainer
 
     block = recipe.upo
@@ -298,4 +299,5 @@ UPO = Stage(
     encode=_encode,
     build_trainer=_build_trainer,
     beside=_beside,
+    tried=tried,
 )

@@ -15,8 +15,8 @@ from ernie_align import losses
 from ernie_align.data.collate import model_inputs
 from ernie_align.data.render import IGNORED
 from ernie_align.models.adapters import REFERENCE_ADAPTER
-from ernie_align.stages.offline import OfflinePairs
-from ernie_align.stages.rollout_trainer import RolloutTrainer
+from ernie_align.stages.upo_pairs import OfflinePairs
+from ernie_align.stages.upo_rollouts import RolloutTrainer
 
 _log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import torch
 from ernie_align.models.files import CheckpointFiles
 
 
-@pytest.mark.parametrize("name", ["SFT", "DPO"])
+@pytest.mark.parametrize("name", ["SFT", "DPO", "GRPO"])
 def test_the_keys_read_from_the_source_are_those_of_trls_config(name):
     """stages.upstream reads them without importing TRL."""
     import trl
@@ -29,9 +29,9 @@ def test_the_keys_read_from_the_source_are_those_of_trls_config(name):
 
 def test_every_key_that_is_set_elsewhere_is_a_key():
     from ernie_align.stages import STAGES
-    from ernie_align.stages.upstream import DPO_CONFIG, SFT_CONFIG, training_model
+    from ernie_align.stages.upstream import DPO_CONFIG, GRPO_CONFIG, SFT_CONFIG, training_model
 
-    keys = {*training_model(SFT_CONFIG).model_fields, *training_model(DPO_CONFIG).model_fields}
+    keys = {key for config in (SFT_CONFIG, DPO_CONFIG, GRPO_CONFIG) for key in training_model(config).model_fields}
     for stage in STAGES.values():
         assert set(stage.recipe.owned_training_keys()) <= keys
 
@@ -50,6 +50,41 @@ def test_private_methods_that_are_overridden_or_called():
     assert list(inspect.signature(TokenizersBackend._get_control_tokens).parameters) == ["self", "chat_template"]
     source = inspect.getsource(SFTTrainer.compute_loss)
     assert '_metrics[mode]["mean_token_accuracy"].append' in source
+
+
+def test_what_the_rollout_trainers_override_or_call():
+    """stages.upo_rollouts stands between TRL's drawing of completions and TRL's policy loss."""
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.utils import add_fused_lm_head, use_adapter
+
+    def parameters(function):
+        return list(inspect.signature(function).parameters)
+
+    drawn = ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"]
+    assert parameters(GRPOTrainer._generate_single_turn) == drawn
+    assert parameters(GRPOTrainer._prepare_inputs) == ["self", "generation_batch"]
+    assert parameters(GRPOTrainer._compute_loss) == ["self", "model", "inputs"]
+    forward = parameters(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert forward[:5] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep"]
+    assert {"pixel_values", "image_grid_thw", "num_images"} <= set(forward)
+    assert parameters(use_adapter) == ["model", "adapter_name"]
+    assert {"temperature", "cast_lm_head_to_fp32"} <= set(parameters(add_fused_lm_head))
+    loss = inspect.getsource(GRPOTrainer._compute_loss)
+    for name in ("self.beta", "current_gradient_accumulation_steps", 'inputs["num_items_in_batch"]'):
+        assert name in loss  # what scales its parts, and so ours
+    assert 'inputs.get("old_per_token_logps")' in loss and 'inputs["ref_per_token_logps"]' in loss
+    when = "gradient_accumulation_steps % generate_every != 0"  # when a rollout outlives its policy
+    assert when in inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    drawing = inspect.getsource(GRPOTrainer._generate_single_turn)
+    assert "generation_config=self.generation_config" in drawing and "self.generation_kwargs" in drawing
+    assert "self.eos_token_ids" in drawing
+    assert "_step" in inspect.getsource(GRPOTrainer.training_step)
+    # defaults by which a recipe is judged without importing TRL
+    from ernie_align.stages.upo import _DEFAULTS
+
+    fields = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
+    for key, value in _DEFAULTS.items():
+        assert getattr(fields[key], "value", fields[key]) == value, key
 
 
 def test_what_the_preference_trainer_overrides_or_calls():

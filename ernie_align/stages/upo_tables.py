@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ernie_align.stages.rollout import Group
+from ernie_align.stages.upo_groups import Group
 
 
 class CompletionTables:

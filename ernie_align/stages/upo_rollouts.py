@@ -26,9 +26,9 @@ from ernie_align.models.routing import expert_flips, record_experts
 from ernie_align.rewards import Reward
 from ernie_align.rewards.completion import message
 from ernie_align.rewards.normalize import advantages
-from ernie_align.stages.completions import CompletionTables, table_of
-from ernie_align.stages.rollout import Group, deal, pair_up, sampled_logps, weighted_sum, why_left_out
 from ernie_align.stages.upo import UpoBlock
+from ernie_align.stages.upo_groups import Group, deal, pair_up, sampled_logps, weighted_sum, why_left_out
+from ernie_align.stages.upo_tables import CompletionTables, table_of
 from ernie_align.stages.watch import Watch
 
 
