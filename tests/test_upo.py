@@ -468,3 +468,35 @@ def test_both_pools_learn_and_nothing_else(checkpoints, mixed_prompts, tmp_path)
         name for name, tensor in tensors_of(tmp_path / "run" / "final").items() if "lora_B" in name and tensor.any()
     }
     assert any("vision_moe" in name for name in learned) and any("text_moe" in name for name in learned)
+
+
+def test_a_reward_may_look_at_the_images(checkpoints, mixed_prompts, tmp_path):
+    """Those of its own row, as PIL images."""
+    code = tmp_path / "mine.py"
+    code.write_text(
+        "def side(prompts, completions, images, **columns):\n    return [sum(i.size[0] for i in row) for row in images]\n"
+    )
+    recipe = upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / "run")
+    recipe["rewards"] = [{"name": f"{code}:side"}, *REWARDS]
+    trainer = trainer_of(recipe)
+    batch = first_batch(trainer)
+    groups = trainer._judged(batch[::4], 4)
+    assert [group.scores[0, 0].item() for group in groups] == [56.0 * len(e["media"]) for e in batch[::4]]
+
+
+def test_a_column_that_no_row_has_is_refused(checkpoints, text_prompts, tmp_path):
+    recipe = upo_recipe(checkpoints, "dense", text_prompts, tmp_path / "run")
+    recipe["rewards"] = [*REWARDS, {"name": "exact_match", "column": "anwser"}]
+    with pytest.raises(RecipeError, match="'anwser', which no row has"):
+        run_quietly(recipe)
+
+
+def test_thinking_is_told_from_answering(checkpoints, text_prompts, tmp_path):
+    """A prompt that opened a thought which the completion never closes: there is no answer to judge."""
+    recipe = upo_recipe(checkpoints, "vl_moe", text_prompts, tmp_path / "run", data={"thinking": True})
+    recipe["rewards"] = [{"name": "contains", "text": "e"}, {"name": "length", "unit": "tokens", "max": 3}]
+    trainer = trainer_of(recipe)
+    groups = trainer._judged(first_batch(trainer)[::4], 4)
+    said = [completion[-1] for group in groups for completion in group.completions]
+    assert all(message["content"] == "" and message["reasoning_content"] for message in said)
+    assert all((group.scores[:, 0] == 0).all() for group in groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,16 +13,18 @@ from pydantic import BaseModel, Field, model_validator
 
 from ernie_align.data.pairs import PairCollator, PairEncoder
 from ernie_align.data.prompts import PromptEncoder
+from ernie_align.errors import RecipeError
 from ernie_align.recipe import Block, SourceBlock
 from ernie_align.recipe.rewards import RewardBlock
 from ernie_align.recipe.schema import fault
-from ernie_align.rewards import build
+from ernie_align.rewards import Reward, build, missing_columns
 from ernie_align.stages.base import OWNED_BY_EVERY_STAGE, Batches, Beside, Stage, trl_config
 from ernie_align.stages.policy import PolicyRecipe, frozen_model, reference_fingerprint, scope, wrap
 from ernie_align.stages.upo_check import tried
 from ernie_align.stages.upstream import GRPO_CONFIG, training_model
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import Trainer, TrainerCallback
     from trl import GRPOConfig
 
@@ -269,6 +272,8 @@ def _build_trainer(
         stored=ReferenceLogps(folder / "reference", fingerprint, can_compute=is_reference),
         seed=recipe.run.seed,
     )
+    rewards = build(recipe.rewards, cache=folder / "judged")
+    _refuse_unread_columns(rewards, batches.train)
     needs_model = recipe.adapter is None and block.needs_reference
     return UnifiedTrainer(
         model=bundle.model,
@@ -278,7 +283,9 @@ def _build_trainer(
         processing_class=bundle.processor,
         callbacks=callbacks,
         block=block,
-        rewards=build(recipe.rewards, cache=folder / "judged"),
+        rewards=rewards,
+        rewards_see_images=any("images" in reward.columns for reward in rewards)
+        or any(getattr(reward, "images", False) for reward in recipe.rewards),
         renderer=batches.renderer,
         image_processor=bundle.image_processor,
         row_name=batches.row_name,
@@ -287,6 +294,17 @@ def _build_trainer(
         pairs={name: pairs(name, rows) for name, rows in batches.beside.items()},
         tables=CompletionTables(folder / "completions", block.completions_steps),
     )
+
+
+def _refuse_unread_columns(rewards: list[Reward], rows: Dataset) -> None:
+    """A column that a reward reads and no row has is a slip of the pen. Raises RecipeError."""
+    columns = (json.loads(text) for text in rows["columns"])
+    present = {name for row in columns for name, value in row.items() if value is not None}
+    if any(rows["media"]):
+        present.add("images")
+    faults = missing_columns(rewards, present)
+    if faults:
+        raise RecipeError(*faults)
 
 
 UPO = Stage(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from ernie_align.data import media
 from ernie_align.rewards import build
 from ernie_align.rewards.completion import message
 
@@ -29,13 +30,15 @@ def _rewards(recipe: UpoRecipe, example: dict[str, Any]) -> list[str]:
     conversation = isinstance(json.loads(example["prompt"]), list)
     completions = [[message(text, opened=False)] if conversation else text for text in answers]
     given = {name: [value] * len(answers) for name, value in columns.items()}
+    if example["media"]:
+        given["images"] = [[media.load(image) for image in example["media"]]] * len(answers)
     given["completion_ids"] = [[0] * len(text) for text in answers]  # no token is known: one per character
     lines = [f"rewards tried on {' and on '.join(map(repr, answers))}:"]
     for block, reward in zip(recipe.rewards, build(recipe.rewards), strict=True):
         if block.name == "judge":
             lines.append(f"  {reward.name} x {reward.weight:g}: a judge is asked in training only")
             continue
-        missing = [name for name in reward.columns if columns.get(name) is None]
+        missing = [name for name in reward.columns if name not in given or given[name][0] is None]
         if missing:
             lines.append(f"  {reward.name} x {reward.weight:g}: the first row has no {', '.join(missing)}")
             continue

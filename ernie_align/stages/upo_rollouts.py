@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
+from ernie_align.data import media
 from ernie_align.data.collate import pad, pixels_of
 from ernie_align.data.render import Renderer
 from ernie_align.models.adapters import REFERENCE_ADAPTER, keep_reference
@@ -47,6 +48,7 @@ class RolloutTrainer(GRPOTrainer):
         rewards: list[Reward],
         renderer: Renderer,
         image_processor: Any,
+        rewards_see_images: bool,
         row_name: Callable[[int, int], str],
         keeps_adapter: bool,
         frozen: nn.Module | None,
@@ -58,6 +60,7 @@ class RolloutTrainer(GRPOTrainer):
         self.rewards = rewards
         self.renderer = renderer
         self.image_processor = image_processor
+        self.rewards_see_images = rewards_see_images
         self.row_name = row_name
         self.tables = tables
         self.modality = ModalityTokens.from_config(self.model.config)
@@ -227,6 +230,7 @@ class RolloutTrainer(GRPOTrainer):
             "completion_ids": [group.ids[place] for group, place in rows],
             "trainer_state": self.state,
             "log_metric": lambda name, value: self._metrics["train"][name].append(value),
+            **self._images(rows),
             **columns,
         }
         scores = [[float("nan") if score is None else score for score in reward(**given)] for reward in self.rewards]
@@ -237,6 +241,15 @@ class RolloutTrainer(GRPOTrainer):
             group.scores = table[start:end]
             group.rewards = weighted_sum(group.scores, [reward.weight for reward in self.rewards])
             start = end
+
+    def _images(self, rows: Sequence[tuple[Group, int]]) -> dict[str, list[list[Any]]]:
+        """Column `images` for rewards that look at them: PIL images, each decoded once."""
+        if not self.rewards_see_images:
+            return {}
+        loaded = {
+            group: [media.load(image) for image in group.example["media"]] for group in {group for group, _ in rows}
+        }
+        return {"images": [loaded[group] for group, _ in rows]}
 
     def _set_advantages(self, groups: Sequence[Group]) -> None:
         """Over the rollouts of all processes: a domain's deviation is that of the whole iteration."""
