@@ -7,6 +7,8 @@ rejected one; s is the sigmoid.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -134,3 +136,29 @@ def best_and_worst(rewards: Tensor, *, margin: float = 0.0) -> tuple[Tensor, Ten
     worst = rewards.masked_fill(~judged, torch.inf).argmin(dim=1)
     rows = torch.arange(len(rewards), device=rewards.device)
     return best, worst, rewards[rows, best] - rewards[rows, worst] > margin
+
+
+def mismatch_ratio(
+    logps: Tensor,
+    sampled_logps: Tensor,
+    mask: Tensor,
+    *,
+    per: Literal["token", "sequence"],
+    cut: Literal["truncate", "mask"],
+    low: float | None = None,
+    high: float | None = None,
+) -> Tensor:
+    """Weight of each token for having been drawn by another engine than the one that learns, as TRL counts it.
+
+    logps, sampled_logps, mask (B, T), NaN where the engine could not say -> (B, T), or (B, 1) per sequence.
+
+    r = π_here / π_there of the token, or of the whole sequence; truncate: r within [low, high]; mask: 0 outside of it
+    Truncation is of Yao et al. (2025), Your efficient RL framework secretly brings you off-policy training; masking
+    tokens at both ends is known as IcePop, which the card of ERNIE-4.5-VL-28B-A3B-Thinking names.
+    """
+    difference = ((logps - sampled_logps) * mask).nan_to_num(nan=0.0)
+    ratio = torch.exp(difference.sum(dim=1, keepdim=True) if per == "sequence" else difference)
+    if cut == "truncate":
+        return ratio.clamp(low, high)
+    outside = (ratio < (-torch.inf if low is None else low)) | (ratio > (torch.inf if high is None else high))
+    return ratio.masked_fill(outside, 0.0)

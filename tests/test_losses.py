@@ -95,3 +95,17 @@ def test_best_and_worst_of_groups():
     assert pairs.tolist() == [True, False, True, False, True]
     assert best[pairs].tolist() == [1, 2, 1] and worst[pairs].tolist() == [0, 1, 0]
     assert losses.best_and_worst(rewards, margin=0.5)[2].tolist() == [True, False, True, False, False]
+
+
+def test_mismatch_ratio():
+    """Ratios 2, 1/2 and one token of which nothing is known; the sequence's is their product."""
+    here = torch.tensor([[0.0, 0.0, 0.0, 5.0]])
+    there = torch.tensor([[-math.log(2), math.log(2), math.nan, 0.0]])
+    mask = torch.tensor([[1, 1, 1, 0]])
+
+    def found(per, cut, **bounds):
+        return losses.mismatch_ratio(here, there, mask, per=per, cut=cut, **bounds)[0].tolist()
+
+    assert found("token", "truncate", high=1.5) == pytest.approx([1.5, 0.5, 1.0, 1.0])
+    assert found("token", "mask", low=0.6, high=3.0) == pytest.approx([2.0, 0.0, 1.0, 1.0])
+    assert found("sequence", "truncate", high=3.0) == pytest.approx([1.0])

@@ -474,7 +474,8 @@ def test_a_reward_may_look_at_the_images(checkpoints, mixed_prompts, tmp_path):
     """Those of its own row, as PIL images."""
     code = tmp_path / "mine.py"
     code.write_text(
-        "def side(prompts, completions, images, **columns):\n    return [sum(i.size[0] for i in row) for row in images]\n"
+        "def side(prompts, completions, images, **columns):\n"
+        "    return [sum(image.size[0] for image in row) for row in images]\n"
     )
     recipe = upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / "run")
     recipe["rewards"] = [{"name": f"{code}:side"}, *REWARDS]

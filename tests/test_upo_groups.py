@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from ernie_align.stages.upo import FilterBlock
 from ernie_align.stages.upo_groups import Group, deal, pair_up, weighted_sum, why_left_out
+from ernie_align.stages.upo_recipe import FilterBlock
 
 
 def group(scores, rewards=None, length=1):

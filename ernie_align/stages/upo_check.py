@@ -11,7 +11,7 @@ from ernie_align.rewards.completion import message
 
 if TYPE_CHECKING:
     from ernie_align.models.anatomy import Anatomy
-    from ernie_align.stages.upo import UpoRecipe
+    from ernie_align.stages.upo_recipe import UpoRecipe
 
 _WRONG = "I do not know."
 _GB = 1e9

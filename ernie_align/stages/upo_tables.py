@@ -1,4 +1,4 @@
-"""Tables of completions and what they earned, kept in the run directory."""
+"""What one sees of rollouts: figures for the log, and tables of completions kept in the run directory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import gather_object
+
+from ernie_align.rewards import Reward
 from ernie_align.stages.upo_groups import Group
 
 
@@ -58,3 +62,29 @@ def table_of(groups: Sequence[Group], rewards: Sequence[str], decode: Any, row_n
                 }
             )
     return rows
+
+
+def figures_of(groups: Sequence[Group], rewards: Sequence[Reward], stop_ids: Sequence[int]) -> dict[str, float]:
+    """Means over the completions of all processes: rewards by function and by domain, and lengths in tokens."""
+    rows = gather_object(
+        [
+            (group.domain, group.scores[place].tolist(), group.rewards[place].item(), len(ids), ids[-1] in stop_ids)
+            for group in groups
+            for place, ids in enumerate(group.ids)
+        ]
+    )
+    domains, scores, sums, lengths, ended = zip(*rows, strict=True)
+    total, table, length = torch.tensor(sums), torch.tensor(scores), torch.tensor(lengths, dtype=torch.float32)
+    judged = total[~total.isnan()]
+    figures = {"reward": total.nanmean().item(), "reward_std": judged.std().item() if len(judged) > 1 else 0.0}
+    for number, reward in enumerate(rewards):
+        figures[f"rewards/{reward.name}"] = table[:, number].nanmean().item()
+        figures |= {f"rewards/{reward.name}/{what}": float(count) for what, count in reward.counts.items()}
+    for domain in sorted(set(domains)):
+        own = torch.tensor([other == domain for other in domains])
+        figures[f"domains/{domain}"] = total[own].nanmean().item()
+    return figures | {
+        "completions/mean_length": length.mean().item(),
+        "completions/max_length": length.max().item(),
+        "completions/cut_off": 1 - sum(ended) / len(ended),
+    }

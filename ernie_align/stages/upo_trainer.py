@@ -41,7 +41,7 @@ class UnifiedTrainer(RolloutTrainer):
         metrics = self._metrics["train" if training else "eval"]
         self.watch.rows += inputs["rows"]
         loss = super()._compute_loss(model, {**inputs, "advantages": inputs["weighted_advantages"]})
-        logps = self._policy_logps
+        logps = self._latest_logps
         mask = inputs["completion_mask"]
         old = inputs.get("old_per_token_logps", logps).detach()
         low, high = self.block.clip

@@ -80,7 +80,7 @@ def test_what_the_rollout_trainers_override_or_call():
     assert "self.eos_token_ids" in drawing
     assert "_step" in inspect.getsource(GRPOTrainer.training_step)
     # defaults by which a recipe is judged without importing TRL
-    from ernie_align.stages.upo import _DEFAULTS
+    from ernie_align.stages.upo_recipe import _DEFAULTS
 
     fields = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
     for key, value in _DEFAULTS.items():
