@@ -39,11 +39,11 @@ def test_every_command_is_understood(command):
 
 def test_the_commands_of_the_issue_are_there():
     assert {command.split()[1] for command in COMMANDS} == {
-        "tiny", "check", "sft", "lora", "dpo", "eval", "generate", "schema",
+        "tiny", "check", "sft", "lora", "dpo", "upo", "eval", "generate", "schema",
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", ["lora", "dpo"])
+@pytest.mark.parametrize("stage", ["lora", "dpo", "upo"])
 def test_the_recipes_in_the_readme_are_sound(stage, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     (text,) = [block for language, block in BLOCKS if language == "yaml" and block.startswith(f"stage: {stage}")]

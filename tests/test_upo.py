@@ -317,6 +317,11 @@ MODES = {
         "training": {"per_device_train_batch_size": 4, "steps_per_generation": 3, "num_iterations": 1},
     },
     "dataset": {"upo": {"pairs": "dataset", "pairs_data": [{"path": "PAIRS"}], "pairs_batch_size": 2}},
+    "full, dataset, no reference model": {
+        "adapter": None,
+        "tune": {"scopes": ["attention"]},
+        "upo": {"pairs": "dataset", "pairs_data": [{"path": "PAIRS"}], "pairs_batch_size": 2, "kl_weight": 0.0},
+    },
     "full": {"adapter": None, "tune": {"scopes": ["attention", "vision_experts"]}},
 }
 
@@ -436,6 +441,7 @@ def test_rewards_are_normalized_within_their_domain(checkpoints, text_prompts, t
         ("training", {"per_device_train_batch_size": 6}, "no whole groups of 4"),
         ("training", {"save_strategy": "steps", "save_steps": 1, "num_iterations": 2}, "falls between two rollouts"),
         ("training", {"beta": 0.1}, "set upo.kl_weight"),
+        ("training", {"num_generations_eval": 3}, "no whole groups of 3"),
         ("upo", {"pairs": "dataset"}, "name sources of preference rows"),
         ("upo", {"pairs": "none", "preference_weight": 0.1}, "without pairs"),
         ("upo", {"policy_weight": 0.0, "preference_weight": 0.0}, "weigh nothing"),
@@ -451,6 +457,8 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(
     block, values, what, checkpoints, text_prompts, tmp_path
 ):
     recipe = upo_recipe(checkpoints, "dense", text_prompts, tmp_path / "run", **{block: values})
+    if "pairs_eval" not in values:
+        recipe["data"]["eval"] = [{"path": str(text_prompts)}]
     with pytest.raises(RecipeError, match=what):
         load_recipe(recipe)
 

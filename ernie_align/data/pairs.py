@@ -36,7 +36,7 @@ class PairEncoder:
 
     max_length: tokens of the prompt with the longer answer, image tokens included; cut: drop the oldest exchanges of a
     longer prompt, never one with an image and never an answer; drop_bad_pairs: leave out pairs that teach nothing
-    (equal sides, an empty one, an image in only one) instead of stopping.
+    (equal sides, an empty one, an image in only one) instead of stopping; way_out: what else a user can do about one.
     """
 
     def __init__(
@@ -47,12 +47,14 @@ class PairEncoder:
         cut: bool = False,
         pairing: Pairing = "best_worst",
         drop_bad_pairs: bool = False,
+        way_out: str = "set dpo.bad_pairs: drop",
     ):
         self.renderer = renderer
         self.max_length = max_length
         self.cut = cut
         self.pairing = pairing
         self.drop_bad_pairs = drop_bad_pairs
+        self.way_out = way_out
 
     def features(self) -> dict[str, Any]:
         """Columns of an example: a mask has one entry per token of its answer, 0 where the model does not speak."""
@@ -72,7 +74,7 @@ class PairEncoder:
         return [self._encode(row, better, worse) for better, worse in pairs]
 
     def _bad(self, what: str, fix: str) -> RowFault | RowDropped:
-        return RowDropped(what) if self.drop_bad_pairs else RowFault(what, f"{fix}, or set dpo.bad_pairs: drop")
+        return RowDropped(what) if self.drop_bad_pairs else RowFault(what, f"{fix}, or {self.way_out}")
 
     def _encode(self, row: Row, better: Ending, worse: Ending) -> dict[str, Any]:
         for name, ending in (("chosen", better), ("rejected", worse)):

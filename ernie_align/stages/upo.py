@@ -59,7 +59,8 @@ def _encode(recipe: UpoRecipe, renderer: Renderer) -> PromptEncoder:
 
 def _beside(recipe: UpoRecipe, renderer: Renderer) -> dict[str, Beside]:
     longest = recipe.data.max_length + recipe.upo.max_completion_length
-    encode = PairEncoder(renderer, max_length=longest, cut=recipe.data.overlong == "cut")
+    way_out = "take it out of the pairs"
+    encode = PairEncoder(renderer, max_length=longest, cut=recipe.data.overlong == "cut", way_out=way_out)
     sources = {"pairs": recipe.upo.pairs_data, "pairs_eval": recipe.upo.pairs_eval}
     return {name: Beside(blocks, encode) for name, blocks in sources.items() if blocks}
 

@@ -116,6 +116,9 @@ class WatchedTrainer(GRPOTrainer):
             yield self.ref_model
             return
         model = self.accelerator.unwrap_model(self.model)
+        if not hasattr(model, "peft_config"):  # full fine-tuning that asks once, before the first step
+            yield self.model
+            return
         with use_adapter(model, REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None):
             yield self.model
 

@@ -52,6 +52,7 @@ _OWNED = {
 # TRL's defaults of what a rollout is made of, for judging a recipe without importing it.
 _DEFAULTS = {
     "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "num_iterations": 1,
     "save_strategy": "steps",
@@ -177,6 +178,11 @@ class UpoRecipe(PolicyRecipe):
         if self.upo.pairs == "rollouts" and self.upo.preference_weight and size % 2:
             what = f"per_device_train_batch_size {size} is odd"
             raise fault("training", what, why="both sides of a pair stand in one batch", fix="make it even")
+        asked = self.training.get("num_generations_eval") or self.upo.num_generations
+        evaluated = given["per_device_eval_batch_size"]
+        if self.data.eval and isinstance(asked, int) and isinstance(evaluated, int) and evaluated % asked:
+            what = f"per_device_eval_batch_size {evaluated} holds no whole groups of {asked}"
+            raise fault("training", what, fix="make it a multiple of num_generations_eval (else upo.num_generations)")
         every = per_generation * given["num_iterations"]
         saved = given["save_steps"]
         if given["save_strategy"] == "steps" and isinstance(saved, int) and saved * steps % every:

@@ -118,11 +118,11 @@ class RolloutTrainer(WatchedTrainer):
             drawn += len(more)
             teaching += [group for group in more if group.left_out is None]
             idle += [group for group in more if group.left_out is not None]
-        metrics = self._metrics["train"]
+        reasons = gather_object([group.left_out for group in idle])
         for reason in ("always_right", "always_wrong", "flat"):
-            metrics[f"filter/{reason}"].append(sum(group.left_out == reason for group in idle))
-        metrics["filter/drawn"].append(drawn)
-        metrics["filter/unfilled"].append(max(wanted - len(teaching), 0))
+            self._rolling[f"filter/{reason}"].append(reasons.count(reason))
+        self._rolling["filter/drawn"].append(sum(gather_object([drawn])))
+        self._rolling["filter/unfilled"].append(sum(gather_object([max(wanted - len(teaching), 0)])))
         return (teaching + idle)[:wanted]
 
     def _other_prompts(self, count: int, refill: int) -> list[dict[str, Any]]:
