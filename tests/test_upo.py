@@ -509,3 +509,23 @@ def test_thinking_is_told_from_answering(checkpoints, text_prompts, tmp_path):
     said = [completion[-1] for group in groups for completion in group.completions]
     assert all(message["content"] == "" and message["reasoning_content"] for message in said)
     assert all((group.scores[:, 0] == 0).all() for group in groups)
+
+
+def test_a_reward_may_log_as_it_does_under_trl(checkpoints, text_prompts, tmp_path):
+    """A figure for the log and a column for the table of completions, through TRL's own two arguments."""
+    from datasets import load_dataset
+
+    code = tmp_path / "mine.py"
+    code.write_text(
+        "def long(prompts, completions, log_metric, log_extra, **columns):\n"
+        "    sizes = [len(completion[-1]['content']) for completion in completions]\n"
+        "    log_metric('longest', max(sizes))\n"
+        "    log_extra('size', sizes)\n"
+        "    return [float(size) for size in sizes]\n"
+    )
+    recipe = upo_recipe(checkpoints, "dense", text_prompts, tmp_path / "run", training={"max_steps": 1})
+    recipe["rewards"] = [{"name": f"{code}:long"}]
+    run_quietly(recipe)
+    table = load_dataset("parquet", data_files=str(tmp_path / "run/completions/*.parquet"), split="train")
+    assert table["extra/size"] == table["reward"] == [len(text) for text in table["completion"]]
+    assert logged(tmp_path / "run", "longest") == [max(table["extra/size"])]

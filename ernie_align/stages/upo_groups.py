@@ -25,8 +25,8 @@ class Group:
     example: of PromptEncoder; columns: of its row; domain: whose rewards it is normalized with; pixels: pixel_values
     and image_grid_thw of its images, or nothing; ids: token ids of each completion, its end token included;
     completions: as rewards see them; scores (G, F): of each of F rewards, NaN where it does not apply; rewards (G,):
-    their weighted sum; advantages (G,); sampled: log-probabilities that another engine drew the tokens with; left_out:
-    why the group teaches nothing, if so; pair: (best, worst).
+    their weighted sum; advantages (G,); sampled: log-probabilities that another engine drew the tokens with; extra:
+    what rewards want kept beside the completions; left_out: why the group teaches nothing, if so; pair: (best, worst).
     """
 
     example: dict[str, Any]
@@ -40,6 +40,7 @@ class Group:
     rewards: Tensor = field(default_factory=lambda: torch.empty(0))
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))
     sampled: list[list[float | None]] | None = None
+    extra: dict[str, list[Any]] = field(default_factory=dict)
     left_out: str | None = None
     pair: tuple[int, int] | None = None
 

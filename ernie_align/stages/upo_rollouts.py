@@ -183,20 +183,25 @@ class RolloutTrainer(WatchedTrainer):
         rows = [(group, place) for group in groups for place in range(len(group.ids))]
         names = dict.fromkeys(name for group in groups for name in group.columns)
         columns = {name: [group.columns.get(name) for group, _ in rows] for name in names}
+        extra: dict[str, list[Any]] = {}
         given = {
+            **columns,
             "prompts": [group.prompt for group, _ in rows],
             "completions": [group.completions[place] for group, place in rows],
             "completion_ids": [group.ids[place] for group, place in rows],
             "trainer_state": self.state,
             "log_metric": lambda name, value: self._rolling[name].append(value),
+            "log_extra": lambda column, values: extra.update({column: list(values)}),
             **self._images(rows),
-            **columns,
         }
         scores = [[float("nan") if score is None else score for score in reward(**given)] for reward in self.rewards]
         table = torch.tensor(scores, dtype=torch.float32).T
+        start = 0
         for group, own in zip(groups, table.split([len(group.ids) for group in groups]), strict=True):
             group.scores = own
             group.rewards = weighted_sum(own, [reward.weight for reward in self.rewards])
+            group.extra = {column: values[start : start + len(own)] for column, values in extra.items()}
+            start += len(own)
 
     def _images(self, rows: Sequence[tuple[Group, int]]) -> dict[str, list[list[Any]]]:
         """Column `images` for rewards that look at them: PIL images, each decoded once."""

@@ -55,6 +55,7 @@ def table_of(groups: Sequence[Group], rewards: Sequence[str], decode: Any, row_n
                     "text": decode(group.ids[place]),
                     "tokens": len(group.ids[place]),
                     **{f"reward/{name}": score for name, score in scores.items()},
+                    **{f"extra/{name}": values[place] for name, values in group.extra.items()},
                     "reward": group.rewards[place].item(),
                     "advantage": group.advantages[place].item(),
                     "left_out": group.left_out,
