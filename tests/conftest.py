@@ -122,3 +122,22 @@ def tensors_of(folder: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def batch_with_images(bundle: Any, digits: Path) -> dict[str, Any]:
+    """Two images in one row, one in the next, none in the third; the shorter rows are padded."""
+    from ernie_align.data.collate import Collator
+    from ernie_align.data.formats import canonical
+    from ernie_align.evaluation.generate import renderer_of
+
+    renderer = renderer_of(bundle)
+    rows = [
+        {"messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "two"}], "images": images}
+        for images in (["images/0001.png", "images/0002.png"], ["images/0003.png"], [])
+    ]
+    examples = [
+        vars(renderer.examples(canonical(row, "messages", digits), max_length=256)[0]) | {"rows": [0, number]}
+        for number, row in enumerate(rows)
+    ]
+    batch = Collator(0, image_processor=bundle.image_processor)(examples)
+    return {key: value for key, value in batch.items() if key != "rows"}

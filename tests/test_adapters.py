@@ -117,10 +117,13 @@ def test_an_adapter_saves_and_loads_in_plain_peft_with_equal_logits(checkpoints,
     cls = getattr(transformers, type(bundle.model.get_base_model()).__name__)
     plain = PeftModel.from_pretrained(cls.from_pretrained(checkpoints[family], dtype=torch.float32), tmp_path)
     assert not list(tmp_path.glob("*.bin"))
-    assert torch.equal(logits(plain, ids), logits(bundle.model, ids))
-    merged = plain.merge_and_unload()
-    # W + BA summed once in float32 instead of x·W + x·A·B: the same number up to rounding, at logits of about 1
-    assert torch.allclose(logits(merged, ids), logits(bundle.model, ids), atol=1e-5)
+    ours = logits(bundle.model, ids)
+    if family == "dense":
+        assert torch.equal(logits(plain, ids), ours)
+    # W + BA summed in float32 before x is multiplied, instead of x·W + x·A·B (in plain PEFT for experts, merged for all
+    # weights): the same number up to rounding, at logits of about 1
+    assert torch.allclose(logits(plain, ids), ours, atol=1e-5)
+    assert torch.allclose(logits(plain.merge_and_unload(), ids), ours, atol=1e-5)
 
 
 def test_an_adapter_can_be_continued_but_not_under_another_scope(checkpoints, tmp_path):

@@ -7,13 +7,11 @@ import copy
 import pytest
 import torch
 
-from ernie_align.data.collate import Collator
-from ernie_align.data.formats import canonical
 from ernie_align.errors import ModelError
-from ernie_align.evaluation.generate import renderer_of
 from ernie_align.models.load import load_model
 from ernie_align.models.modality import ModalityTokens, derive_modality, mm_token_type_ids, moe_mm_token_type_ids
 from ernie_align.models.routing import check_routing, count_routed_tokens, pool_blocks
+from tests.conftest import batch_with_images
 
 TOKENS = ModalityTokens(image=7, image_start=8, image_end=9, video=10, video_start=11, video_end=12)
 
@@ -25,18 +23,7 @@ def bundle(checkpoints):
 
 @pytest.fixture
 def batch(bundle, digits):
-    """Two images in one row, one in the next, none in the third."""
-    renderer = renderer_of(bundle)
-    rows = [
-        {"messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "two"}], "images": images}
-        for images in (["images/0001.png", "images/0002.png"], ["images/0003.png"], [])
-    ]
-    examples = [
-        vars(renderer.examples(canonical(row, "messages", digits), max_length=256)[0]) | {"rows": [0, number]}
-        for number, row in enumerate(rows)
-    ]
-    batch = Collator(0, image_processor=bundle.image_processor)(examples)
-    return {key: value for key, value in batch.items() if key != "rows"}
+    return batch_with_images(bundle, digits)
 
 
 def forward(model, batch, **more):

@@ -48,8 +48,10 @@ def attach(bundle: Bundle, block: AdapterBlock) -> list[Target]:
 
     Returns the targets; raises ModelError where a scope matches nothing or the adapter is another one.
     """
-    from peft import PeftModel, get_peft_model
+    from peft import get_peft_model
     from safetensors import SafetensorError
+
+    from ernie_align.models.experts import load_adapter
 
     targets = adapter_targets(bundle.anatomy, block)
     if block.path is None:
@@ -63,7 +65,7 @@ def attach(bundle: Bundle, block: AdapterBlock) -> list[Target]:
             bundle.model = get_peft_model(bundle.model, config, revision=revision)
     else:
         try:
-            bundle.model = PeftModel.from_pretrained(bundle.model, block.path, is_trainable=True)
+            bundle.model = load_adapter(bundle.model, block.path, is_trainable=True)
         except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise ModelError.at(
@@ -76,6 +78,8 @@ def attach(bundle: Bundle, block: AdapterBlock) -> list[Target]:
 def lora_config(targets: Iterable[Target], block: AdapterBlock, anatomy: Anatomy) -> LoraConfig:
     """PEFT's config that names each target in full, so that nothing depends on how PEFT matches suffixes."""
     from peft import LoraConfig
+
+    from ernie_align.models.experts import with_grouped_experts
 
     modules, parameters, ranks, alphas = [], [], {}, {}
     for target in targets:
@@ -94,7 +98,7 @@ def lora_config(targets: Iterable[Target], block: AdapterBlock, anatomy: Anatomy
             why="in this family the dense and shared MLPs are adapted as bare parameters, where LoRA has no dropout",
             fix="set adapter.dropout to 0.0, or scope the adapter to attention",
         )
-    return LoraConfig(
+    config = LoraConfig(
         r=block.rank,
         lora_alpha=block.alpha,
         lora_dropout=block.dropout,
@@ -105,6 +109,7 @@ def lora_config(targets: Iterable[Target], block: AdapterBlock, anatomy: Anatomy
         alpha_pattern=alphas,
         task_type="CAUSAL_LM",
     )
+    return with_grouped_experts(config)
 
 
 def _as_parameter(tensor: Tensor, anatomy: Anatomy) -> bool:

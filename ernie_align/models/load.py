@@ -69,6 +69,7 @@ def load_model(
     model = _load_weights(weights or name, None if weights else revision, anatomy, dtype, attention)
     bundle = Bundle(model, anatomy, files, tokenizer, processor=tokenizer, weights=weights)
     if anatomy.has_vision:
+        from ernie_align.models.dispatch import dispatch_by_rows
         from ernie_align.models.processor import make_processor
 
         bundle.modality = ModalityTokens.from_config(config)
@@ -76,6 +77,7 @@ def load_model(
         bundle.image_processor = load_image_processor(name, revision)
         bundle.processor = make_processor(name, revision, bundle.image_processor, tokenizer)
         route_by_input_ids(model.model)
+        dispatch_by_rows(model.model.language_model)
     return bundle
 
 
@@ -125,7 +127,7 @@ def _prove(model: nn.Module, anatomy: Anatomy, name: str) -> None:
 
 
 def _load_adapter(files: CheckpointFiles, *, dtype: str, attention: str) -> Bundle:
-    from peft import PeftModel
+    from ernie_align.models.experts import load_adapter
 
     config = files.read_json("adapter_config.json")
     base = config.get("base_model_name_or_path")
@@ -136,5 +138,5 @@ def _load_adapter(files: CheckpointFiles, *, dtype: str, attention: str) -> Bund
         )
         raise ModelError.at(files.where or files.name, f"the adapter's base {base!r} is not here", fix=fix)
     bundle = load_model(base, dtype=dtype, revision=config.get("revision"), attention=attention, where=files.where)
-    bundle.model = PeftModel.from_pretrained(bundle.model, files.name, revision=files.revision or "main")
+    bundle.model = load_adapter(bundle.model, files.name, revision=files.revision)
     return bundle

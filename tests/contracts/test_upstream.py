@@ -228,3 +228,62 @@ def test_training_keys_that_we_read_ourselves_exist(name):
     from trl import SFTConfig
 
     assert name in {field.name for field in dataclasses.fields(SFTConfig)}
+
+
+def test_the_door_that_expert_adapters_go_through():
+    """models.experts registers a subclass of PEFT's wrapper and reads its factors as PEFT lays them out."""
+    from peft import LoraConfig
+    from peft.tuners import lora
+    from peft.tuners.tuners_utils import BaseTuner
+
+    from ernie_align.models.experts import ParamWrapper
+
+    config = LoraConfig()
+    config._register_custom_module({torch.nn.Module: ParamWrapper})
+    assert config._custom_modules == {torch.nn.Module: ParamWrapper} and "_custom_modules" not in config.to_dict()
+    assert '__class__.__name__ == "ParamWrapper"' in inspect.getsource(BaseTuner._inject_parameters)
+    assert ParamWrapper.__name__ == lora.ParamWrapper.__name__
+    assert list(inspect.signature(lora.ParamWrapper._check_forward_args).parameters)[:2] == ["self", "x"]
+    layout = inspect.getsource(lora.ParamWrapper.get_delta_factors)
+    assert "weight_A.reshape(self.num_experts, -1, weight_A.shape[-1])" in layout
+    assert "weight_B.reshape(weight_B.shape[0], -1, self.num_experts)" in layout
+
+
+def test_peft_still_builds_the_whole_update_of_experts():
+    """models.experts does not; when this fails PEFT's own wrapper may be fast, and ours may go."""
+    from peft.tuners import lora
+
+    assert "register_parametrization" in inspect.getsource(lora.ParamWrapper._activate_lora)
+
+
+def test_the_experts_of_both_families_are_what_grouped_products_take(checkpoints):
+    """models.grouped repeats transformers' grouped_mm kernel for gated experts without biases, stored (E, out, in)."""
+    from transformers import Ernie4_5_MoeForCausalLM
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    model = Ernie4_5_MoeForCausalLM.from_pretrained(checkpoints["moe"])
+    experts = model.model.layers[1].mlp.experts
+    assert (experts.has_gate, experts.has_bias, experts.is_transposed, experts.has_post_expert_norm) == (True,) + 3 * (
+        False,
+    )
+    assert experts.config._experts_implementation == "grouped_mm" and experts._is_expert_parallel is False
+    gate_up = torch.randn(3, 2 * experts.intermediate_dim)
+    gate, up = gate_up.chunk(2, dim=-1)
+    assert torch.equal(experts._apply_gate(gate_up), torch.nn.functional.silu(gate) * up)
+    assert "self._apply_gate(proj_out)" in inspect.getsource(grouped_mm_experts_forward)
+
+
+def test_the_language_model_passes_the_routing_tensor_on_untouched():
+    """models.dispatch hands rows down in its place; tests/test_dispatch.py proves that they arrive."""
+    from transformers.models.ernie4_5_vl_moe import modeling_ernie4_5_vl_moe as module
+
+    source = inspect.getsource(module.Ernie4_5_VLMoeTextModel.forward)
+    assert source.count("moe_mm_token_type_ids=moe_mm_token_type_ids,") == 1
+    assert "self.mlp(hidden_states, moe_mm_token_type_ids)" in inspect.getsource(module.Ernie4_5_VLMoeDecoderLayer)
+
+
+def test_the_stock_block_still_masks_element_by_element():
+    """models.dispatch chooses rows once; when this fails the stock block may do so itself."""
+    from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import Ernie4_5_VLMoeMoeBlock
+
+    assert "hidden_states[~token_type_ids_states]" in inspect.getsource(Ernie4_5_VLMoeMoeBlock.forward)

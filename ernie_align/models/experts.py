@@ -1,0 +1,108 @@
+"""LoRA on experts through PEFT's own door: its wrapper of a parameter, with a forward that never builds W + BA.
+
+PEFT adds BA to the whole stack of experts, twice in each forward, and keeps the sum for the backward pass. Here the
+update stays two thin products beside the frozen one (models.grouped). Parameters, names, files and merging are PEFT's:
+what is saved here loads in plain PEFT, and the other way round.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeExperts
+from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import Ernie4_5_VLMoeMoeExperts
+
+from ernie_align.models.grouped import LowRank, low_rank_experts
+
+# Kernels of transformers' experts that grouped products stand in for: the default, and the one that generation
+# switches to on a GPU. Whoever asks for another one gets it, with PEFT's weights in it.
+_KERNELS = ("grouped_mm", "batched_mm")
+
+
+def with_grouped_experts(config: LoraConfig) -> LoraConfig:
+    """The config, with our wrapper for the experts of both sparse families. It is never written to files."""
+    config._register_custom_module({Ernie4_5_MoeExperts: ParamWrapper, Ernie4_5_VLMoeMoeExperts: ParamWrapper})
+    return config
+
+
+def load_adapter(model: nn.Module, path: str, *, is_trainable: bool = False, revision: str | None = None) -> PeftModel:
+    """PeftModel.from_pretrained, with our wrapper where the adapter is a LoRA. Raises what PEFT raises."""
+    revision = revision or "main"
+    config = PeftConfig.from_pretrained(path, revision=revision)
+    if isinstance(config, LoraConfig):
+        with_grouped_experts(config)
+    return PeftModel.from_pretrained(model, path, config=config, is_trainable=is_trainable, revision=revision)
+
+
+class ParamWrapper(lora.ParamWrapper):
+    """PEFT's wrapper of one weight of a pool. It bears PEFT's name because PEFT finds such layers by that name.
+
+    Two adapted weights of one pool are two wrappers, one within the other; the outer one speaks for both.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (N, H), and the router's choice and weights, both (N, k) -> (N, H)."""
+        experts = self.get_base_layer()
+        obstacle = _obstacle(experts)
+        if obstacle:
+            # Python itself shows a warning once
+            warnings.warn(f"expert LoRA takes PEFT's slow path: {obstacle}", RuntimeWarning, stacklevel=2)
+            return super().forward(x, *args, **kwargs)
+        self._check_forward_args(x, *args, **kwargs)
+        updates = {wrapper.parameter_name: wrapper.update() for wrapper in self._wrappers()}
+        if not any(updates.values()):
+            return experts(x, *args, **kwargs)
+        gate_up, down = updates.get("gate_up_proj"), updates.get("down_proj")
+        return low_rank_experts(experts, x, *args, **kwargs, gate_up=gate_up, down=down)
+
+    def _wrappers(self) -> Iterator[ParamWrapper]:
+        layer: nn.Module = self
+        while isinstance(layer, ParamWrapper):
+            yield layer
+            layer = layer.base_layer
+
+    def update(self) -> LowRank | None:
+        """The sum of the active adapters, side by side along the rank; None where there is nothing to add."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return None
+        parts = [self._factors(adapter) for adapter in self.active_adapters if adapter in self.lora_A]
+        if len(parts) < 2:
+            return parts[0] if parts else None
+        return LowRank(*(torch.cat(factors, dim=1) for factors in zip(*parts, strict=True)))
+
+    def _factors(self, adapter: str) -> LowRank:
+        """PEFT keeps A as (E·r, in) and B as (out, r·E), in float32 also where the experts are bfloat16."""
+        a = self.lora_A[adapter].weight.view(self.num_experts, self.r[adapter], -1) * self.scaling[adapter]
+        b = self.lora_B[adapter].weight.view(-1, self.r[adapter], self.num_experts).permute(2, 1, 0)
+        rows = -self.r[adapter] % 8  # GPU kernels want 16 bytes of bfloat16 in a row
+        a, b = (pad(factor, (0, 0, 0, rows)) if rows else factor for factor in (a, b))
+        dtype = self.get_param().dtype
+        return LowRank(a.to(dtype), b.to(dtype).contiguous())
+
+
+def _obstacle(experts: nn.Module) -> str | None:
+    """Why grouped products cannot serve this pool, if they cannot."""
+    weights = (experts.gate_up_proj, experts.down_proj)
+    kernel, device = experts.config._experts_implementation, weights[0].device
+    if kernel not in _KERNELS:
+        return f"the experts' kernel is {kernel}, not one of {', '.join(_KERNELS)}"
+    if experts._is_expert_parallel:
+        return "the experts are spread over processes"
+    if any(type(weight) is not nn.Parameter or not weight.is_floating_point() for weight in weights):
+        return "the experts' weights are quantized, distributed or parametrized"
+    if any(weight.requires_grad for weight in weights):
+        return "the experts' own weights are trained"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "grouped products need a GPU of compute capability 8.0"
+    if device.type not in ("cpu", "cuda"):
+        return f"grouped products are untested on {device.type}"
+    return None

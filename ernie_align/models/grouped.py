@@ -1,0 +1,173 @@
+"""One pool of experts as grouped matrix products, with a low-rank update beside each frozen weight.
+
+A row is a pair of a token and one of its experts; rows are sorted by expert, so that each expert's are one stretch.
+Every product is `y = x·Wᵀ + (x·Aᵀ)·B` (LoRA: Hu et al. 2021, arXiv:2106.09685, equation 3), expert by expert, with the
+scaling in A. Neither W + BA nor a gradient of its size is ever built. The forward pass repeats transformers'
+`grouped_mm` kernel operation for operation, so that an update of zero changes no bit.
+
+The backward pass is written out for the memory and time it saves. One activation, the up-projection, and the (S, r)
+inner products are kept; the rest is gathered or activated again. Sums over a token's experts are reshapes both ways,
+where autograd would scatter row by row.
+
+Legend: N tokens of the pool, k experts per token, S = N·k rows, E experts, H hidden width, I expert width, r rank.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import grouped_mm
+
+
+class LowRank(NamedTuple):
+    """The update of a weight (E, out, in): a (E, r, in), the scaling in it, and b (E, r, out). Both contiguous."""
+
+    a: Tensor
+    b: Tensor
+
+
+class Rows(NamedTuple):
+    """The S rows. pair (S,): which of the N·k pairs each row is; row (S,): where each pair went; token (S,): each
+    row's token; ends (E,) int32: where each expert's rows end."""
+
+    pair: Tensor
+    row: Tensor
+    token: Tensor
+    ends: Tensor
+
+    @classmethod
+    def by_expert(cls, top_k_index: Tensor, num_experts: int) -> Rows:
+        """top_k_index (N, k): the experts of each token."""
+        expert, pair = torch.sort(top_k_index.reshape(-1))
+        row = torch.empty_like(pair)
+        row[pair] = torch.arange(len(pair), device=pair.device)
+        # histc, as in transformers: it has deterministic kernels, for floats on the CPU and for integers elsewhere
+        counted = expert.float() if expert.device.type in ("cpu", "mps") else expert.int()
+        counts = torch.histc(counted, bins=num_experts, min=0, max=num_experts - 1)
+        ends = torch.cumsum(counts, dim=0, dtype=torch.int32)
+        return cls(pair, row, pair // top_k_index.shape[-1], ends)
+
+    def sum_by_token(self, values: Tensor, tokens: int) -> Tensor:
+        """(S, H) -> (N, H): each token the sum of its k rows."""
+        return values.index_select(0, self.row).view(tokens, -1, values.shape[-1]).sum(dim=1)
+
+
+def low_rank_experts(
+    experts: nn.Module,
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    gate_up: LowRank | None,
+    down: LowRank | None,
+) -> Tensor:
+    """What a pool of frozen experts with these updates makes of its tokens: (N, H).
+
+    experts: transformers' module with gate_up_proj (E, 2I, H) and down_proj (E, H, I); hidden: (N, H); top_k_index,
+    top_k_weights: (N, k). Differentiable, once, in hidden, top_k_weights and the updates.
+    """
+    rows = Rows.by_expert(top_k_index, experts.num_experts)
+    factors = (*(gate_up or (None, None)), *(down or (None, None)))
+    return _LowRankExperts.apply(experts, rows, hidden, top_k_weights, *factors)
+
+
+class _LowRankExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, experts, rows, hidden, top_k_weights, gate_up_a, gate_up_b, down_a, down_b):
+        x = hidden.index_select(0, rows.token).to(experts.gate_up_proj.dtype)
+        gate_up, gate_up_inner = _product(x, experts.gate_up_proj, gate_up_a, gate_up_b, rows.ends)
+        del x
+        activated = experts._apply_gate(gate_up)
+        y, down_inner = _product(activated, experts.down_proj, down_a, down_b, rows.ends)
+        del activated
+        weighted = y * _of_rows(top_k_weights, rows)
+        ctx.experts, ctx.rows = experts, rows
+        factors = (gate_up_a, gate_up_b, down_a, down_b)
+        ctx.save_for_backward(hidden, top_k_weights, gate_up, gate_up_inner, down_inner, *factors)
+        return rows.sum_by_token(weighted, len(hidden)).to(hidden.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, top_k_weights, gate_up, gate_up_inner, down_inner, *factors = ctx.saved_tensors
+        gate_up_a, gate_up_b, down_a, down_b = factors
+        experts, rows = ctx.experts, ctx.rows
+        hidden_needs_grad, weights_need_grad = ctx.needs_input_grad[2:4]
+        grad_weights = grad_hidden = None
+
+        gate_up = gate_up.detach().requires_grad_()
+        with torch.enable_grad():
+            activated = experts._apply_gate(gate_up)
+        value = activated.detach()
+        # A row's gradient is its token's times its routing weight w. With w left out here and multiplied into the thin
+        # products instead, what comes back is the gradient of y / w, and it tells that of w too: <grad, y> =
+        # <grad·W, activated>. So y need not be kept, nor the wide gradient be multiplied.
+        w = _of_rows(top_k_weights, rows)
+        grad_y = grad.to(value.dtype).index_select(0, rows.token)
+        grad_value, grad_down_a, grad_down_b = _gradients(
+            grad_y, value, experts.down_proj, down_inner, down_a, down_b, rows.ends, row_weights=w
+        )
+        del grad_y
+        if weights_need_grad:
+            of_pairs = (grad_value * value).sum(dim=-1).index_select(0, rows.row)
+            grad_weights = of_pairs.view_as(top_k_weights).to(top_k_weights.dtype)
+        (grad_gate_up,) = torch.autograd.grad(activated, gate_up, grad_value.mul_(w))
+        del activated, value, grad_value, gate_up
+
+        x = None if gate_up_a is None else hidden.index_select(0, rows.token).to(grad_gate_up.dtype)
+        grad_x, grad_gate_up_a, grad_gate_up_b = _gradients(
+            grad_gate_up,
+            x,
+            experts.gate_up_proj,
+            gate_up_inner,
+            gate_up_a,
+            gate_up_b,
+            rows.ends,
+            need_x=hidden_needs_grad,
+        )
+        if hidden_needs_grad:
+            grad_hidden = rows.sum_by_token(grad_x, len(hidden)).to(hidden.dtype)
+        return None, None, grad_hidden, grad_weights, grad_gate_up_a, grad_gate_up_b, grad_down_a, grad_down_b
+
+
+def _of_rows(top_k_weights: Tensor, rows: Rows) -> Tensor:
+    """(N, k) routing weights -> (S, 1)."""
+    return top_k_weights.reshape(-1).index_select(0, rows.pair).unsqueeze(-1)
+
+
+def _product(x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, ends: Tensor):
+    """x (S, in) -> y (S, out), and x·Aᵀ (S, r), which the backward pass needs."""
+    y = grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+    if a is None:
+        return y, None
+    inner = _inner(x, a, ends)
+    return y.add_(grouped_mm(inner, b, offs=ends)), inner
+
+
+def _inner(x: Tensor, factor: Tensor, ends: Tensor) -> Tensor:
+    """x (S, m) by factor (E, r, m) -> (S, r)."""
+    if x.device.type == "cpu":
+        # a third faster with the thin side first; on a GPU the kernel wants each group to begin on 16 bytes
+        return grouped_mm(factor, x.t(), offs=ends).t().contiguous()
+    return grouped_mm(x, factor.transpose(-2, -1), offs=ends)
+
+
+def _gradients(grad_y, x, weight, inner, a, b, ends, *, row_weights=None, need_x=True):
+    """The gradients of x, a and b in `_product`; inner: its x·Aᵀ.
+
+    row_weights (S, 1): multiply grad_y, for a and b alone.
+    """
+    grad_x = grouped_mm(grad_y, weight, offs=ends) if need_x else None
+    if a is None:
+        return grad_x, None, None
+    grad_inner = _inner(grad_y, b, ends)
+    if need_x:
+        grad_x.add_(grouped_mm(grad_inner, a, offs=ends))
+    if row_weights is not None:
+        grad_inner, inner = grad_inner * row_weights, inner * row_weights
+    grad_a = grouped_mm(grad_inner.t(), x, offs=ends)
+    grad_b = grouped_mm(inner.t(), grad_y, offs=ends)
+    return grad_x, grad_a, grad_b
