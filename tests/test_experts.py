@@ -1,4 +1,4 @@
-"""Grouped expert LoRA is PEFT's: the same numbers, the same files, the same ways to use it; only W + BA is never built."""
+"""Grouped expert LoRA is PEFT's: the same numbers, files and ways to use it; only W + BA is never built."""
 
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ def test_loss_and_gradients_are_pefts(bundle, batch, case):
         assert distance({name: gradients[name]}, {name: theirs}) < 1e-5, name
 
 
-def test_in_bfloat16_it_is_no_farther_from_float32_than_peft_is(bundle):
-    """Nearer, in fact: PEFT rounds W + BA to eight bits. Pool by pool, for in a whole model routers drown the difference.
+def test_bfloat16_is_nearer_to_what_the_adapter_does_in_float32_than_peft_is(bundle):
+    """Pool by pool, for in a whole model a router that turns drowns the difference.
 
     What is right is computed in float32 from the very numbers that bfloat16 holds.
     """
@@ -116,30 +116,32 @@ def test_in_bfloat16_it_is_no_farther_from_float32_than_peft_is(bundle):
     exact = copy.deepcopy(pefts)
     for model in (ours, pefts, exact):
         for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.bfloat16().float() if ".lora_" in name or model is exact else parameter.data
-    for model in (ours, pefts):
-        for name, parameter in model.named_parameters():
-            if ".lora_" not in name:
-                parameter.data = parameter.data.bfloat16()
+            rounded = parameter.data.bfloat16()
+            parameter.data = rounded.float() if ".lora_" in name or model is exact else rounded
     torch.manual_seed(2)
-    hidden, grad = torch.randn(2, 64, 128).bfloat16()
-    weights, chosen = torch.rand(64, 8).softmax(-1).topk(2)
+    hidden, grad = torch.randn(2, 256, 128).bfloat16()
+    weights, chosen = torch.rand(256, 8).softmax(-1).topk(2)
     weights = weights.bfloat16()
 
     def pools(model):
-        return [(n, m) for n, m in model.named_modules() if n.endswith(".experts")]
+        return [module for name, module in model.named_modules() if name.endswith(".experts")]
 
-    for (name, right), (_, mine), (_, theirs) in zip(*map(pools, (exact, ours, pefts)), strict=True):
-        tensors = []
-        for pool, dtype in ((right, torch.float32), (mine, torch.bfloat16), (theirs, torch.bfloat16)):
-            x = hidden.to(dtype, copy=True).requires_grad_()
-            pool.zero_grad(set_to_none=True)
-            output = pool(x, chosen, weights.to(dtype))
-            output.backward(grad.to(dtype))
-            trained = {n: p.grad for n, p in pool.named_parameters() if p.grad is not None}
-            tensors.append(({"output": output.detach()}, {"input": x.grad}, trained))
-        for exactly, our, their in zip(*tensors, strict=True):
-            assert distance(our, exactly) <= distance(their, exactly), (name, list(our))
+    def results(pool, dtype):
+        x = hidden.to(dtype, copy=True).requires_grad_()
+        pool.zero_grad(set_to_none=True)
+        output = pool(x, chosen, weights.to(dtype))
+        output.backward(grad.to(dtype))
+        update = output.detach().float() - pool.get_base_layer()(x, chosen, weights.to(dtype)).detach().float()
+        trained = {name: parameter.grad for name, parameter in pool.named_parameters() if parameter.grad is not None}
+        return {"update": update}, {"output": output.detach()}, {"input": x.grad}, trained
+
+    for exactly, mine, theirs in zip(*map(pools, (exact, ours, pefts)), strict=True):
+        right = results(exactly, torch.float32)
+        our = [distance(*pair) for pair in zip(results(mine, torch.bfloat16), right, strict=True)]
+        their = [distance(*pair) for pair in zip(results(theirs, torch.bfloat16), right, strict=True)]
+        assert our[0] < 0.95 * their[0]
+        # the rest is the rounding of the frozen product, which both share: equal to the few percent that chance makes
+        assert all(mine < 1.1 * theirs for mine, theirs in zip(our[1:], their[1:], strict=True)), (our, their)
 
 
 def test_files_are_pefts_and_load_either_way(bundle, batch, tmp_path):

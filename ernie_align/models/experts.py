@@ -83,7 +83,7 @@ class ParamWrapper(lora.ParamWrapper):
         """PEFT keeps A as (E·r, in) and B as (out, r·E), in float32 also where the experts are bfloat16."""
         a = self.lora_A[adapter].weight.view(self.num_experts, self.r[adapter], -1) * self.scaling[adapter]
         b = self.lora_B[adapter].weight.view(-1, self.r[adapter], self.num_experts).permute(2, 1, 0)
-        rows = -self.r[adapter] % 8  # GPU kernels want 16 bytes of bfloat16 in a row
+        rows = -self.r[adapter] % 8  # the kernels want strides of 16 bytes, of bfloat16 too
         a, b = (pad(factor, (0, 0, 0, rows)) if rows else factor for factor in (a, b))
         dtype = self.get_param().dtype
         return LowRank(a.to(dtype), b.to(dtype).contiguous())
