@@ -1,0 +1,119 @@
+"""One pool of experts with LoRA on both weights, forward and backward: frozen, ours, and PEFT's own path.
+
+    python -m benchmarks.experts [--hidden 512 --width 384 --experts 64 --top-k 6 --tokens 512 --rank 8]
+
+frozen is transformers' pool without an adapter, whose input has a gradient all the same. Extra memory is the peak of a
+step over the frozen pool's, in percent of the pool's weights; the gradients of the adapter are in it, the adapter is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+from types import SimpleNamespace
+
+from benchmarks.measure import Arm, Questions, demand_equal, interleave, keep, machine, matmul_rate, median, ratio, show
+
+ARMS = ("frozen", "grouped", "peft")
+SIZES = {"hidden": 512, "width": 384, "experts": 64, "top_k": 6, "tokens": 512, "rank": 8}
+
+
+def work(arm: str, sizes: argparse.Namespace) -> None:
+    """Be one arm."""
+    import torch
+    from peft import LoraConfig, inject_adapter_in_model
+    from torch import nn
+    from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import Ernie4_5_VLMoeMoeExperts
+
+    from ernie_align.models.experts import with_grouped_experts
+
+    questions = Questions()
+    torch.manual_seed(0)
+    config = SimpleNamespace(
+        num_experts=sizes.experts,
+        hidden_size=sizes.hidden,
+        moe_intermediate_size=sizes.width,
+        hidden_act="silu",
+        _experts_implementation="grouped_mm",
+    )
+    dtype = getattr(torch, sizes.dtype)
+    model = nn.ModuleDict({"experts": Ernie4_5_VLMoeMoeExperts(config).to(dtype)})
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.04).requires_grad_(False)
+    hidden = torch.randn(sizes.tokens, sizes.hidden, dtype=dtype, requires_grad=True)
+    scores, chosen = torch.randn(sizes.tokens, sizes.experts).softmax(-1).topk(sizes.top_k)
+    weights = (scores / scores.sum(-1, keepdim=True)).to(dtype).requires_grad_()
+    grad = torch.randn(sizes.tokens, sizes.hidden).to(dtype)
+    if arm != "frozen":
+        targets = ["experts.gate_up_proj", "experts.down_proj"]
+        lora = LoraConfig(r=sizes.rank, lora_alpha=2 * sizes.rank, target_modules=[], target_parameters=targets)
+        inject_adapter_in_model(with_grouped_experts(lora) if arm == "grouped" else lora, model)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                nn.init.normal_(parameter, std=0.02)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step() -> dict[str, float]:
+        for tensor in (hidden, weights, *trained):
+            tensor.grad = None
+        output = model["experts"](hidden, chosen, weights)
+        output.backward(grad)
+        norms = [parameter.grad.double().norm() for parameter in trained]
+        return {
+            "output": output.detach().double().norm().item(),
+            "input_gradient": hidden.grad.double().norm().item(),
+            "weight_gradient": weights.grad.double().norm().item(),
+            "adapter_gradient": float(sum(norms)),
+        }
+
+    questions.serve(step)
+
+
+def main() -> None:
+    """Ask the arms in turn, prove them equal, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--repetitions", type=int, default=31)
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.arm:
+        work(given.arm, given)
+        return
+    sizes = {name: getattr(given, name) for name in (*SIZES, "dtype")}
+    arguments = [word for name, value in sizes.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    steps = interleave([Arm("benchmarks.experts", arm, arguments) for arm in ARMS], given.repetitions, warm_up=3)
+    tolerance = 1e-5 if given.dtype == "float32" else 1e-2
+    checked = ("output", "input_gradient", "weight_gradient", "adapter_gradient")
+    demand_equal(steps["grouped"], steps["peft"], dict.fromkeys(checked, tolerance))
+
+    weights = 3 * given.experts * given.hidden * given.width
+    size = weights * (4 if given.dtype == "float32" else 2)
+    # each of the k choices of a token passes the three matrices of one expert, once forward and once backward
+    flops = 2 * 2 * given.tokens * given.top_k * weights / given.experts
+    rate = matmul_rate(given.dtype)
+    base = median(steps["frozen"], "peak")
+    figures = {
+        arm: {
+            "seconds": median(steps[arm], "seconds"),
+            "times_frozen": ratio(steps[arm], steps["frozen"]),
+            "times_faster_than_peft": ratio(steps["peft"], steps[arm]),
+            "extra_memory_percent": 100 * (median(steps[arm], "peak") - base) / size,
+            "tokens_per_second": given.tokens / median(steps[arm], "seconds"),
+        }
+        for arm in ARMS
+    }
+    floor = {"flops": flops, "matmul_flops_per_second": rate, "seconds": flops / rate}
+    print(f"{', '.join(f'{name} {value}' for name, value in sizes.items())}; {machine()}")
+    print(f"floor: {flops / 1e9:.1f} GFLOP at {rate / 1e9:.0f} GFLOP/s are {1e3 * flops / rate:.0f} ms\n")
+    print("| | ms | times frozen | PEFT's time over it | tokens/s | extra memory, % of weights |\n|---|---|---|---|---|---|")
+    for arm, figure in figures.items():
+        times = f"{1e3 * figure['seconds']:.0f} | {show(figure['times_frozen'])}"
+        faster, speed = show(figure["times_faster_than_peft"]), f"{figure['tokens_per_second']:.0f}"
+        print(f"| {arm} | {times} | {faster} | {speed} | {figure['extra_memory_percent']:.1f} |")
+    name = f"experts-{given.hidden}x{given.width}-{given.dtype}"
+    keep(name, {"sizes": sizes, "repetitions": given.repetitions, "floor": floor, "arms": figures})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""A whole step of the stage `lora` against the same step of the stock stack, on the same model, rows and seed.
+
+    python -m benchmarks.sft [--preset mini] [--repetitions 7] [--batch 4]
+
+ours: this toolkit's run, LoRA on attention and both pools; attention: the same on attention alone; stock: transformers,
+PEFT and TRL's SFTTrainer as they come, on the same encoded rows, with one thing mended so that it runs at all: the
+routing tensor is derived at the backbone. A step is forward, backward and optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Arm, Questions, Stopwatch, demand_equal, interleave, keep, machine, median, ratio, show
+
+ARMS = ("ours", "stock", "attention")
+WARM_UP = 2
+
+
+def recipe(arm: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """The same run for every arm, in all but its scopes."""
+    pools = [] if arm == "attention" else ["text_experts", "vision_experts"]
+    steps = WARM_UP + given.repetitions + 1  # the last one is never asked for, and its process ends
+    return {
+        "stage": "lora",
+        "model": {"name": str(folder / "model"), "dtype": "float32"},
+        "adapter": {"scopes": ["attention", *pools], "rank": 8, "alpha": 16},
+        "data": {"train": [{"path": str(folder / "digits" / "train.jsonl"), "limit": given.batch * steps}]},
+        "training": {
+            "max_steps": steps,
+            "per_device_train_batch_size": given.batch,
+            "gradient_checkpointing": given.checkpointing,
+            "learning_rate": 1e-5,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+        },
+        "run": {"dir": str(folder / arm)},
+    }
+
+
+def gate() -> Any:
+    """A callback that lets a trainer go step by step, whenever it is asked, and answers with what the step took."""
+    from transformers import TrainerCallback
+
+    class Gate(TrainerCallback):
+        def __init__(self):
+            self.questions = Questions()
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if not self.questions.wait():
+                raise SystemExit
+            self.watch = Stopwatch().__enter__()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.watch.__exit__()
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "grad_norm" in logs:
+                numbers = {key: float(logs[key]) for key in ("loss", "grad_norm")}
+                self.questions.answer(seconds=self.watch.seconds, peak=self.watch.peak, **numbers)
+
+    return Gate()
+
+
+def work(arm: str, folder: Path, given: argparse.Namespace) -> None:
+    """Be one arm."""
+    from rich.console import Console
+
+    from ernie_align.report.console import Terminal, hush
+    from ernie_align.runs import load_recipe, run
+
+    asked = gate()
+
+    class Gated(Terminal):
+        def progress(self):
+            return [asked]
+
+    hush()
+    checked = load_recipe(recipe(arm, folder, given))
+    if arm == "stock":
+        train_with_the_stock_stack(checked, asked)
+    else:
+        run(checked, reporter=Gated(Console(quiet=True)))
+
+
+def train_with_the_stock_stack(checked: Any, callback: Any) -> None:
+    """transformers' model, PEFT's adapter, TRL's trainer; our rows, and our hook for the routing tensor."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import Ernie4_5_VLMoeForConditionalGeneration, set_seed
+    from trl import SFTTrainer
+
+    from ernie_align.data.collate import Collator
+    from ernie_align.models.adapters import lora_config
+    from ernie_align.models.load import load_model
+    from ernie_align.models.modality import route_by_input_ids
+    from ernie_align.models.scopes import adapter_targets
+    from ernie_align.runs.setup import prepare_data, set_up
+
+    setup = set_up(checked)
+    bundle = load_model(checked.model.name, dtype="float32")
+    model = Ernie4_5_VLMoeForConditionalGeneration.from_pretrained(checked.model.name, dtype=torch.float32)
+    bundle.model = None
+    route_by_input_ids(model.model)
+    model.requires_grad_(False)
+    config = lora_config(adapter_targets(setup.anatomy, checked.adapter), checked.adapter, setup.anatomy)
+    set_seed(checked.run.seed)
+    model = get_peft_model(model, LoraConfig(**config.to_dict()))  # the settings alone: without our wrapper
+    collate = Collator(bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor)
+
+    def as_trl_has_it(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in collate(examples).items() if key not in ("rows", "vision_tokens")}
+
+    SFTTrainer(
+        model=model,
+        args=setup.stage.configure(checked, checked.run.dir),
+        data_collator=as_trl_has_it,
+        train_dataset=prepare_data(setup).train,
+        processing_class=bundle.processor,
+        callbacks=[callback],
+    ).train()
+
+
+def main() -> None:
+    """Make model and rows, ask the arms in turn, prove ours and the stock stack equal, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="mini", choices=["tiny", "mini"])
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=4, help="rows of a step")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.arm:
+        work(given.arm, given.folder, given)
+        return
+    from ernie_align.models.load import load_model
+    from ernie_align.runs import load_recipe
+    from ernie_align.runs.setup import prepare_data, set_up
+    from ernie_align.tiny import make_checkpoint, make_digits
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_checkpoint("vl_moe", folder / "model", preset=given.preset)
+        make_digits(folder / "digits")
+        setup = set_up(load_recipe(recipe("ours", folder, given)))
+        length = statistics.mean(len(row["input_ids"]) for row in prepare_data(setup).train)
+        anatomy = load_model(str(folder / "model")).anatomy
+        arguments = [f"--preset={given.preset}", f"--repetitions={given.repetitions}", f"--batch={given.batch}"]
+        arguments += [f"--folder={folder}", *(["--checkpointing"] if given.checkpointing else [])]
+        steps = interleave([Arm("benchmarks.sft", arm, arguments) for arm in ARMS], given.repetitions, warm_up=WARM_UP)
+    # Adam divides by the size of each gradient, so that from the second step on rounding in near-zero ones shows
+    demand_equal(steps["ours"], steps["stock"], {"loss": 1e-4, "grad_norm": 1e-3})
+
+    experts = 4 * sum(tensor.size for tensor in anatomy.tensors if tensor.kind == "fused")
+    tokens = given.batch * length
+    figures = {
+        arm: {
+            "seconds": median(steps[arm], "seconds"),
+            "stock_over_it": ratio(steps["stock"], steps[arm]),
+            "times_attention": ratio(steps[arm], steps["attention"]),
+            "tokens_per_second": tokens / median(steps[arm], "seconds"),
+            "peak_bytes": max(step["peak"] for step in steps[arm]),
+        }
+        for arm in ARMS
+    }
+    saved = (figures["stock"]["peak_bytes"] - figures["ours"]["peak_bytes"]) / experts
+    print(f"{given.preset}, {given.batch} rows, {tokens:.0f} tokens a step, float32, checkpointing {given.checkpointing}")
+    print(f"{machine()}; routed experts {experts / 1e9:.2f} GB; stock's peak less ours: {saved:.2f} of them\n")
+    print("| | s a step | stock's time over it | times attention alone | tokens/s | peak GB |\n|---|---|---|---|---|---|")
+    for arm, figure in figures.items():
+        times = f"{figure['seconds']:.2f} | {show(figure['stock_over_it'])} | {show(figure['times_attention'])}"
+        print(f"| {arm} | {times} | {figure['tokens_per_second']:.0f} | {figure['peak_bytes'] / 1e9:.2f} |")
+    settings = {key: getattr(given, key) for key in ("preset", "repetitions", "batch", "checkpointing")}
+    name = f"sft-{given.preset}" + ("-checkpointing" if given.checkpointing else "")
+    keep(name, {**settings, "tokens_per_step": tokens, "saved_over_experts": saved, "arms": figures})
+
+
+if __name__ == "__main__":
+    main()
