@@ -1,6 +1,6 @@
 """What a step of DPO with an adapter costs against a step of SFT with the same adapter, side by side in one run.
 
-    python benchmarks/dpo_cost.py [--preset mini] [--steps 5]
+    python -m benchmarks.dpo_cost [--preset mini] [--steps 5]
 
 Both train the same adapter, SFT on answers, DPO on pairs of answers to such questions. A pair is two sequences, each
 seen by the policy with gradient and by the reference without. Seconds are the median step after one of warm-up; memory
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,8 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+
+from benchmarks.measure import machine, synchronize
 
 ADAPTER = {"scopes": ["attention", "text_experts", "vision_experts"], "rank": 16, "alpha": 32}
 
@@ -88,10 +89,6 @@ def measure(stage: str, reference: str, folder: Path, steps: int, batch: int) ->
         def progress(self):
             return [Clock()]
 
-    def synchronize():
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
@@ -99,15 +96,6 @@ def measure(stage: str, reference: str, folder: Path, steps: int, batch: int) ->
     run(load_recipe(recipe(stage, reference, folder, steps, batch)), reporter=Quiet(Console(quiet=True)))
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else max(held)
     return {"seconds": statistics.median(times[1:]), "gigabytes": (peak - held[0]) / 1e9}
-
-
-def machine() -> str:
-    """What the figures were measured on."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU"
 
 
 def main() -> None:
@@ -131,7 +119,7 @@ def main() -> None:
         figures = {}
         for stage, reference in (("sft", "none"), ("dpo", "auto"), ("dpo", "precomputed")):
             settings = ["--steps", str(given.steps), "--batch", str(given.batch), "--preset", given.preset]
-            command = [sys.executable, __file__, *settings, "--one", stage, reference, str(folder)]
+            command = [sys.executable, "-m", "benchmarks.dpo_cost", *settings, "--one", stage, reference, str(folder)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr)

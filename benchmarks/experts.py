@@ -3,7 +3,7 @@
     python -m benchmarks.experts [--hidden 512 --width 384 --experts 64 --top-k 6 --tokens 512 --rank 8]
 
 frozen is transformers' pool without an adapter, whose input has a gradient all the same. Extra memory is the peak of a
-step over the frozen pool's, in percent of the pool's weights; the gradients of the adapter are in it, the adapter is not.
+step over the frozen pool's, in percent of the pool's weights: the adapter's gradients are in it, and the adapter too.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repetitions", type=int, default=31)
+    parser.add_argument("--name", help="of the file under results/")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.arm:
@@ -106,12 +107,13 @@ def main() -> None:
     floor = {"flops": flops, "matmul_flops_per_second": rate, "seconds": flops / rate}
     print(f"{', '.join(f'{name} {value}' for name, value in sizes.items())}; {machine()}")
     print(f"floor: {flops / 1e9:.1f} GFLOP at {rate / 1e9:.0f} GFLOP/s are {1e3 * flops / rate:.0f} ms\n")
-    print("| | ms | times frozen | PEFT's time over it | tokens/s | extra memory, % of weights |\n|---|---|---|---|---|---|")
+    print("| | ms | times frozen | PEFT's time over it | tokens/s | extra memory, % of weights |")
+    print("|---|---|---|---|---|---|")
     for arm, figure in figures.items():
         times = f"{1e3 * figure['seconds']:.0f} | {show(figure['times_frozen'])}"
         faster, speed = show(figure["times_faster_than_peft"]), f"{figure['tokens_per_second']:.0f}"
         print(f"| {arm} | {times} | {faster} | {speed} | {figure['extra_memory_percent']:.1f} |")
-    name = f"experts-{given.hidden}x{given.width}-{given.dtype}"
+    name = given.name or f"experts-{given.hidden}x{given.width}-{given.dtype}"
     keep(name, {"sizes": sizes, "repetitions": given.repetitions, "floor": floor, "arms": figures})
 
 

@@ -170,9 +170,13 @@ def main() -> None:
         for arm in ARMS
     }
     saved = (figures["stock"]["peak_bytes"] - figures["ours"]["peak_bytes"]) / experts
-    print(f"{given.preset}, {given.batch} rows, {tokens:.0f} tokens a step, float32, checkpointing {given.checkpointing}")
+    print(
+        f"{given.preset}, {given.batch} rows, {tokens:.0f} tokens a step, float32, checkpointing {given.checkpointing}"
+    )
     print(f"{machine()}; routed experts {experts / 1e9:.2f} GB; stock's peak less ours: {saved:.2f} of them\n")
-    print("| | s a step | stock's time over it | times attention alone | tokens/s | peak GB |\n|---|---|---|---|---|---|")
+    print(
+        "| | s a step | stock's time over it | times attention alone | tokens/s | peak GB |\n|---|---|---|---|---|---|"
+    )
     for arm, figure in figures.items():
         times = f"{figure['seconds']:.2f} | {show(figure['stock_over_it'])} | {show(figure['times_attention'])}"
         print(f"| {arm} | {times} | {figure['tokens_per_second']:.0f} | {figure['peak_bytes'] / 1e9:.2f} |")
