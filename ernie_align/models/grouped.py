@@ -144,7 +144,17 @@ def _product(x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, ends
     if a is None:
         return y, None
     inner = _inner(x, a, ends)
-    return y.add_(grouped_mm(inner, b, offs=ends)), inner
+    return _add_product(y, inner, b, ends), inner
+
+
+def _add_product(y: Tensor, inner: Tensor, factor: Tensor, ends: Tensor) -> Tensor:
+    """y (S, m) plus inner (S, r) by factor (E, r, m), in place."""
+    if y.device.type != "cpu":
+        return y.add_(grouped_mm(inner, factor, offs=ends))
+    sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+    for rows, thin, own in zip(y.split(sizes), inner.split(sizes), factor.unbind(), strict=True):
+        rows.addmm_(thin, own)  # one pass over y, where a product of its own makes three
+    return y
 
 
 def _inner(x: Tensor, factor: Tensor, ends: Tensor) -> Tensor:
@@ -165,7 +175,7 @@ def _gradients(grad_y, x, weight, inner, a, b, ends, *, row_weights=None, need_x
         return grad_x, None, None
     grad_inner = _inner(grad_y, b, ends)
     if need_x:
-        grad_x.add_(grouped_mm(grad_inner, a, offs=ends))
+        _add_product(grad_x, grad_inner, a, ends)
     if row_weights is not None:
         grad_inner, inner = grad_inner * row_weights, inner * row_weights
     grad_a = grouped_mm(grad_inner.t(), x, offs=ends)
