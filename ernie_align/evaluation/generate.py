@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from ernie_align.models.pixels import ImageSizes
 from ernie_align.models.routing import check_routing, count_routed_tokens, pool_blocks
 
 if TYPE_CHECKING:
+    from transformers import LogitsProcessorList
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 
@@ -25,17 +26,15 @@ class Sampling:
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
+    seed: int = 0
 
-    def as_kwargs(self) -> dict[str, Any]:
-        """`generate`'s own arguments."""
-        if self.temperature == 0:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-        }
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, its end token left out of the text and kept in the ids."""
+
+    text: str
+    ids: list[int]
 
 
 def make_renderer(
@@ -52,31 +51,66 @@ def renderer_of(bundle: Bundle, *, thinking: bool = False) -> Renderer:
     return make_renderer(bundle.tokenizer, bundle.modality, bundle.image_sizes, thinking=thinking)
 
 
-def answer(bundle: Bundle, row: Row, *, sampling: Sampling | None = None, thinking: bool = False) -> str:
-    """The model's answer to one row. Raises RowFault for a row that cannot be asked."""
+def answer(
+    bundle: Bundle,
+    row: Row,
+    *,
+    sampling: Sampling | None = None,
+    thinking: bool = False,
+    write: Callable[[str], None] | None = None,
+) -> str:
+    """The model's answer to one row. write: is given the text piece by piece as it comes.
+
+    Raises RowFault for a row that cannot be asked.
+    """
     renderer = renderer_of(bundle, thinking=thinking)
-    ((_, text),) = answers(bundle, renderer, [row], sampling=sampling or Sampling(), batch_size=1)
-    return text
+    prompt = vars(renderer.prompt(row)) | {"rows": [0, 0]}
+    collate = Collator(bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor, left=True)
+    (ids,) = _generate(bundle, renderer, collate([prompt]), sampling or Sampling(), ["0"], write)
+    return _said(ids, renderer).text
 
 
 def answers(
-    bundle: Bundle, renderer: Renderer, rows: list[Row], *, sampling: Sampling, batch_size: int
-) -> Iterator[tuple[int, str]]:
-    """(number of the row, the model's answer without its end token), batch by batch of similar length.
+    bundle: Bundle,
+    renderer: Renderer,
+    rows: Sequence[Row],
+    *,
+    sampling: Sampling,
+    samples: int = 1,
+    batch_size: int,
+    skip: Callable[[list[tuple[int, int]]], bool] = lambda keys: False,
+) -> Iterator[list[tuple[int, int, Answer]]]:
+    """(number of the row, number of the sample, answer), batch by batch of similar length, the longest first.
 
-    The order is that of the batches, not of the rows. Raises RowFault for a row that cannot be asked, ModelError where
-    an image does not reach the vision experts.
+    Which rows share a batch depends on the rows alone, so that a batch gives the same answers whenever it is asked;
+    skip: batches of these rows and samples need no answer. A sample is drawn by a seed of its own, made of the plan's,
+    the row's number and the sample's: which batch it is in does not matter.
+    Raises RowFault for a row that cannot be asked, ModelError where an image does not reach the vision experts.
     """
     prompts = [vars(renderer.prompt(row)) | {"rows": [0, number]} for number, row in enumerate(rows)]
-    prompts.sort(key=lambda prompt: len(prompt["input_ids"]))
+    # the longest first: what does not fit into memory is found at once
+    prompts.sort(key=lambda prompt: -len(prompt["input_ids"]))
+    asked = [(prompt, sample) for prompt in prompts for sample in range(samples)]
     collate = Collator(bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor, left=True)
-    for start in range(0, len(prompts), batch_size):
-        chosen = prompts[start : start + batch_size]
-        for prompt, ids in zip(chosen, _generate(bundle, renderer, collate(chosen), sampling), strict=True):
-            yield prompt["rows"][1], _decode(ids, renderer)
+    for start in range(0, len(asked), batch_size):
+        chosen = asked[start : start + batch_size]
+        keys = [(prompt["rows"][1], sample) for prompt, sample in chosen]
+        if skip(keys):
+            continue
+        seeds = [f"{sampling.seed} {row} {sample}" for row, sample in keys]
+        batch = collate([prompt for prompt, _ in chosen])
+        ids = _generate(bundle, renderer, batch, sampling, seeds)
+        yield [(*key, _said(own, renderer)) for key, own in zip(keys, ids, strict=True)]
 
 
-def _generate(bundle: Bundle, renderer: Renderer, batch: dict[str, Any], sampling: Sampling) -> list[list[int]]:
+def _generate(
+    bundle: Bundle,
+    renderer: Renderer,
+    batch: dict[str, Any],
+    sampling: Sampling,
+    seeds: list[str],
+    write: Callable[[str], None] | None = None,
+) -> list[list[int]]:
     import torch
 
     model = bundle.model
@@ -93,8 +127,11 @@ def _generate(bundle: Bundle, renderer: Renderer, batch: dict[str, Any], samplin
     with torch.no_grad(), count_routed_tokens(pool_blocks(model)) as seen:
         output = model.generate(
             **inputs,
-            **sampling.as_kwargs(),
             **forbidden,
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,  # draws are made by the noise in the logits, where there is any
+            logits_processor=_noise(sampling, seeds, device) if sampling.temperature else None,
+            streamer=_streamer(renderer, write) if write else None,
             eos_token_id=renderer.stop_ids,
             pad_token_id=bundle.tokenizer.pad_token_id,
         )
@@ -102,7 +139,47 @@ def _generate(bundle: Bundle, renderer: Renderer, batch: dict[str, Any], samplin
     return output[:, inputs["input_ids"].shape[1] :].tolist()
 
 
-def _decode(ids: list[int], renderer: Renderer) -> str:
+def _noise(sampling: Sampling, seeds: list[str], device: Any) -> LogitsProcessorList:
+    """Logits -> logits whose largest is a draw from softmax(logits / temperature), cut off at top_p.
+
+    argmax(log p + g) is a draw from p for independent standard Gumbel g: Maddison et al. (2014), A* Sampling, NeurIPS.
+    `generate`'s own sampling takes its numbers from one stream for the whole batch: a row's draw would depend on the
+    rows beside it. Here each row has a stream of its own.
+    """
+    import hashlib
+
+    import torch
+    from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+    class Gumbel(LogitsProcessor):
+        def __init__(self):
+            digests = [hashlib.sha256(seed.encode()).digest() for seed in seeds]
+            self.streams = [
+                torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big")) for digest in digests
+            ]
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            drawn = [torch.empty_like(scores[0]).exponential_(generator=stream) for stream in self.streams]
+            return scores.log_softmax(dim=-1) - torch.stack(drawn).log()  # -log of an exponential is Gumbel
+
+    warpers = [TemperatureLogitsWarper(sampling.temperature)]
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    return LogitsProcessorList([*warpers, Gumbel()])
+
+
+def _streamer(renderer: Renderer, write: Callable[[str], None]) -> Any:
+    """Hands text on as soon as it is whole words."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            write(text)
+
+    return Streamer(renderer.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def _said(ids: list[int], renderer: Renderer) -> Answer:
     stops = set(renderer.stop_ids)
     length = next((position for position, token in enumerate(ids) if token in stops), len(ids))
-    return renderer.tokenizer.decode(ids[:length])
+    return Answer(renderer.tokenizer.decode(ids[:length]), ids[: length + 1])

@@ -1,214 +1,222 @@
-"""A checkpoint and rows with known answers -> a report."""
+"""One checkpoint and the questions of a plan -> its figures, and what it said to each row."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from ernie_align.data.row import Row, RowFault
-from ernie_align.data.sources import Source, canonical_rows
+from ernie_align.data.render import Renderer
+from ernie_align.data.row import RowFault
 from ernie_align.errors import DataError
-from ernie_align.evaluation.generate import Sampling, answers, renderer_of
-from ernie_align.evaluation.metrics import exact_match, wilson_interval
-from ernie_align.evaluation.preference import pair_logps
-from ernie_align.models.load import load_model
-from ernie_align.recipe import DataBlock, SourceBlock
+from ernie_align.evaluation.generate import Sampling, answers
+from ernie_align.evaluation.intervals import Part, bootstrap_interval, is_rate, ratio, wilson_interval
+from ernie_align.evaluation.ledger import Ledger
+from ernie_align.evaluation.likelihood import answer_nlls, pair_logps
+from ernie_align.evaluation.measures import Measure, Outcome
+from ernie_align.evaluation.questions import Question
+from ernie_align.models.load import Bundle
+from ernie_align.recipe.evaluation import GenerationBlock, Plan
 
-_THINKING_ENDS = "</think>"
-Metric = Literal["exact_match", "preference"]
+Tick = Callable[[int, int], None]
+Table = dict[str, list[Part | None]]  # measure -> of each question
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One metric of one kind of question in one file; kind `all` is all of several.
+    """One measure of one kind of question in one data set; kind `all` is all of several.
 
-    value: correct / n; interval: 95 %, by Wilson's score.
+    value: Σ over rows / n, or exp of the mean negative log-likelihood; interval: 95 %, by Wilson's score for rates,
+    else over draws of rows.
     """
 
     data: str
     kind: str
-    metric: Metric
+    measure: str
     n: int
-    correct: int
     value: float
     interval: tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was measured of one checkpoint. rows: each with its question's place, expected and given answer."""
+class Result:
+    """What was measured of one checkpoint.
+
+    table: measure -> what each question adds to it; outcomes: of each question, what the model said or computed;
+    seconds, asked: of this call alone, without the rows that were done before.
+    """
 
     checkpoint: str
+    name: str
     figures: tuple[Figure, ...]
-    rows: tuple[dict[str, Any], ...]
-    settings: dict[str, Any]
-    seconds: float
+    table: Table = field(repr=False)
+    outcomes: list[Outcome] = field(repr=False)
+    seconds: float = 0.0
+    asked: int = 0
 
 
-def write_reports(path: str | Path, reports: Iterable[Report]) -> None:
-    """As JSON, `{"reports": [...]}`, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    content = {"reports": [asdict(report) for report in reports]}
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+def wanted(questions: Sequence[Question], measures: Sequence[Measure]) -> dict[str, list[int]]:
+    """Way -> numbers of the questions that some measure wants it for.
 
-
-def evaluate(
-    checkpoint: str | Path,
-    data: str | Path | Iterable[str | Path],
-    *,
-    out: str | Path | None = None,
-    batch_size: int = 64,
-    max_new_tokens: int = 256,
-    thinking: bool = False,
-    media_root: str | None = None,
-    format: str = "auto",
-    metrics: Metric = "exact_match",
-    limit: int | None = None,
-    dtype: str = "auto",
-    tick: Callable[[int], None] = lambda rows: None,
-) -> Report:
-    """Ask a checkpoint (a model, an adapter, or a checkpoint of a run) every question of some files.
-
-    metrics: exact_match generates greedily, and compares with the row's `answer` column, else its last assistant turn;
-    preference takes rows with chosen and rejected answers, and counts those whose chosen one is more likely. A row's
-    `kind` groups the figures.
-    out: write the report there as JSON too; thinking: of the chat template, unless a row says otherwise (what follows
-    `</think>` is then the answer); limit: rows of each file; tick: told the number of rows done so far.
-    Raises ValueError for an unknown metric, DataError for rows without a known answer, ModelError where the checkpoint
-    does not load or route.
+    Raises DataError for a question of which nothing can be measured.
     """
-    if metrics not in get_args(Metric):
-        raise ValueError(f"metrics is {metrics!r}: choose from {', '.join(get_args(Metric))}")
-    start = time.monotonic()
-    files = [str(data)] if isinstance(data, (str, Path)) else [str(file) for file in data]
-    read = _pairs if metrics == "preference" else _questions
-    questions = [question for file in files for question in read(file, media_root, format, limit)]
-    bundle = load_model(str(checkpoint), dtype=dtype)
-    _to_accelerator(bundle.model)
-    renderer = renderer_of(bundle, thinking=thinking)
-    sampling = Sampling(max_new_tokens=max_new_tokens)
-    results: list[dict[str, Any] | None] = [None] * len(questions)
-    rows = [question.row for question in questions]
+    ways: dict[str, list[int]] = {"answers": [], "likelihood": [], "pairs": []}
+    for number, question in enumerate(questions):
+        own = dict.fromkeys(measure.way for measure in measures if measure.applies(question))
+        if not own:
+            reads = "; ".join(f"{measure.name} reads {_reads(measure)}" for measure in measures)
+            what = f"nothing can be measured: {reads}"
+            raise DataError.at(question.place, what, fix=f"the row has {', '.join(question.columns) or 'no columns'}")
+        for way in own:
+            ways[way].append(number)
+    return ways
+
+
+def _reads(measure: Measure) -> str:
+    by_way = {"pairs": "chosen and rejected", "likelihood": "an expected answer"}
+    return by_way.get(measure.way) or ", ".join(measure.columns) or "a question"
+
+
+def ask(
+    bundle: Bundle,
+    renderer: Renderer,
+    questions: Sequence[Question],
+    ways: dict[str, list[int]],
+    plan: Plan,
+    ledger: Ledger,
+    tick: Tick = lambda done, total: None,
+) -> int:
+    """Have the model answer every question that is not in the ledger yet; how many lines that added.
+
+    Raises DataError for a row that cannot be asked, ModelError where an image does not reach the vision experts.
+    """
+    samples = plan.generation.samples
+    total = len(ways["answers"]) * samples + len(ways["likelihood"]) + len(ways["pairs"])
+    before = len(ledger.lines)
+    tick(before, total)
     try:
-        if metrics == "preference":
-            given = ((number, logps) for number, *logps in pair_logps(bundle, renderer, rows, batch_size=batch_size))
-        else:
-            given = answers(bundle, renderer, rows, sampling=sampling, batch_size=batch_size)
-        for done, (number, found) in enumerate(given, start=1):
-            results[number] = questions[number].result(found)
-            tick(done)
+        for lines in _lines(bundle, renderer, questions, ways, plan.generation, ledger):
+            ledger.keep(lines)
+            tick(len(ledger.lines), total)
     except RowFault as fault:
-        raise DataError.at(", ".join(files), fault.what, fix=fault.fix) from None
-    settings = {
-        "metrics": metrics,
-        "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens,
-        "thinking": thinking,
-        "greedy": True,
-    }
-    report = Report(
-        str(checkpoint), _figures(results, metrics), tuple(results), settings, round(time.monotonic() - start, 3)
-    )
-    if out is not None:
-        write_reports(out, [report])
-    return report
+        names = ", ".join(dict.fromkeys(question.data for question in questions))
+        raise DataError.at(names, fault.what, fix=fault.fix) from None
+    return len(ledger.lines) - before
 
 
-@dataclass(frozen=True)
-class _Question:
-    file: str
-    place: str
-    row: Row
-    expected: str
-    kind: str
+def _lines(
+    bundle: Bundle,
+    renderer: Renderer,
+    questions: Sequence[Question],
+    ways: dict[str, list[int]],
+    generation: GenerationBlock,
+    ledger: Ledger,
+) -> Iterator[list[dict[str, Any]]]:
+    def skipper(way: str) -> Callable[[list[tuple[int, int]]], bool]:
+        return lambda keys: ledger.done(way, [(ways[way][number], sample) for number, sample in keys])
 
-    def result(self, text: str) -> dict[str, Any]:
-        answer = text.rpartition(_THINKING_ENDS)[2]
-        return {
-            "data": self.file,
-            "row": self.place,
-            "kind": self.kind,
-            "expected": self.expected,
-            "answer": text,
-            "correct": exact_match(answer, self.expected),
-        }
-
-
-def _questions(file: str, media_root: str | None, format: str, limit: int | None) -> Iterable[_Question]:
-    source = _source(file, media_root, format, limit)
-    for number, row in enumerate(canonical_rows(source)):
-        last = row.messages[-1] if row.messages else {}
-        expected = row.columns.get("answer")
-        if expected is None:
-            expected = row.plain[1] if row.plain else last.get("content") if last.get("role") == "assistant" else None
-        if expected is None:
-            fix = "give the row an answer column, or an assistant turn at its end"
-            raise DataError.at(source.row_name(number), "no answer is known", fix=fix)
-        yield _Question(file, source.row_name(number), row, str(expected), str(row.columns.get("kind", "all")))
-
-
-@dataclass(frozen=True)
-class _Pair:
-    file: str
-    place: str
-    row: Row
-    kind: str
-
-    def result(self, logps: list[float]) -> dict[str, Any]:
-        chosen, rejected = logps
-        return {
-            "data": self.file,
-            "row": self.place,
-            "kind": self.kind,
-            "chosen_logp": chosen,
-            "rejected_logp": rejected,
-            "correct": chosen > rejected,
-        }
+    size = generation.batch_size
+    drawn = Sampling(generation.max_new_tokens, generation.temperature, generation.top_p, generation.seed)
+    asked = [questions[number].asked for number in ways["answers"]]
+    for batch in answers(
+        bundle, renderer, asked, sampling=drawn, samples=generation.samples, batch_size=size, skip=skipper("answers")
+    ):
+        yield [
+            {
+                "way": "answers",
+                "row": ways["answers"][number],
+                "sample": sample,
+                "text": said.text,
+                "ids": said.ids,
+                "opened": renderer.opens_thinking(asked[number]),
+            }
+            for number, sample, said in batch
+        ]
+    answered = [questions[number].answered for number in ways["likelihood"]]
+    for batch in answer_nlls(bundle, renderer, answered, batch_size=size, skip=skipper("likelihood")):
+        yield [
+            {"way": "likelihood", "row": ways["likelihood"][number], "sample": 0, "nll": nll, "tokens": tokens}
+            for number, nll, tokens in batch
+        ]
+    paired = [questions[number].row for number in ways["pairs"]]
+    for batch in pair_logps(bundle, renderer, paired, batch_size=size, skip=skipper("pairs")):
+        yield [
+            {"way": "pairs", "row": ways["pairs"][number], "sample": 0, "chosen_logp": better, "rejected_logp": worse}
+            for number, better, worse in batch
+        ]
 
 
-def _pairs(file: str, media_root: str | None, format: str, limit: int | None) -> Iterable[_Pair]:
-    source = _source(file, media_root, format, limit)
-    for number, row in enumerate(canonical_rows(source)):
-        if not row.endings:
-            fix = "give the row chosen and rejected, or measure exact_match"
-            raise DataError.at(source.row_name(number), "no preference is known", fix=fix)
-        yield _Pair(file, source.row_name(number), row, str(row.columns.get("kind", "all")))
+def outcomes_of(ledger: Ledger, ways: dict[str, list[int]], count: int, samples: int) -> list[Outcome]:
+    """Of each of `count` questions, everything the ledger holds about it."""
+    outcomes: list[Outcome] = [{} for _ in range(count)]
+    for row in ways["answers"]:
+        lines = ledger.of("answers", row, samples)
+        outcomes[row]["answers"] = [{"text": line["text"], "ids": line["ids"]} for line in lines]
+        outcomes[row]["opened"] = lines[0]["opened"]
+    for way in ("likelihood", "pairs"):
+        for row in ways[way]:
+            (line,) = ledger.of(way, row)
+            outcomes[row] |= {key: value for key, value in line.items() if key not in ("way", "row", "sample")}
+    return outcomes
 
 
-def _source(file: str, media_root: str | None, format: str, limit: int | None) -> Source:
-    block = SourceBlock(path=file, limit=limit)
-    return Source(block, DataBlock(train=[block], format=format, media_root=media_root))
+def table_of(questions: Sequence[Question], outcomes: Sequence[Outcome], measures: Sequence[Measure]) -> Table:
+    """Each measure's part of each question."""
+    table: Table = {}
+    for measure in measures:
+        own = [number for number, question in enumerate(questions) if measure.applies(question)]
+        parts: list[Part | None] = [None] * len(questions)
+        found = measure.score([questions[number] for number in own], [outcomes[number] for number in own])
+        for number, part in zip(own, found, strict=True):
+            parts[number] = part
+        table[measure.name] = parts
+    return table
 
 
-def _figures(results: list[dict[str, Any]], metric: Metric) -> tuple[Figure, ...]:
-    groups: dict[tuple[str, str], list[bool]] = defaultdict(list)
-    files = list(dict.fromkeys(result["data"] for result in results))  # in the order they were given
-    for result in results:
-        groups[result["data"], result["kind"]].append(result["correct"])
-    for file in files:
-        kinds = [right for (data, _), right in groups.items() if data == file]
-        if len(kinds) > 1:
-            groups[file, "all"] = [correct for right in kinds for correct in right]
-    return tuple(
-        Figure(
-            file, kind, metric, len(right), sum(right), sum(right) / len(right), wilson_interval(sum(right), len(right))
-        )
-        for (file, kind), right in sorted(
-            groups.items(), key=lambda group: (files.index(group[0][0]), group[0][1] == "all", group[0][1])
-        )
-    )
+def groups_of(questions: Sequence[Question]) -> dict[tuple[str, str], list[int]]:
+    """(data set, kind) -> its questions, kinds in alphabetical order and then `all` of a data set with several."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for data in dict.fromkeys(question.data for question in questions):
+        own = [number for number, question in enumerate(questions) if question.data == data]
+        kinds = sorted({questions[number].kind for number in own} - {"all"})
+        for kind in kinds:
+            groups[data, kind] = [number for number in own if questions[number].kind == kind]
+        groups[data, "all"] = own
+        if len(kinds) == 1 and len(groups[data, kinds[0]]) == len(own):
+            del groups[data, "all"]
+    return groups
 
 
-def _to_accelerator(model: Any) -> None:
+def figures_of(
+    table: Table, groups: dict[tuple[str, str], list[int]], measures: Sequence[Measure]
+) -> tuple[Figure, ...]:
+    """Every measure of every group that it applies to."""
+    figures = []
+    for (data, kind), rows in groups.items():
+        for measure in measures:
+            parts = [part for row in rows if (part := table[measure.name][row]) is not None]
+            if parts:
+                interval = (
+                    wilson_interval(sum(int(a) for a, _ in parts), len(parts))
+                    if is_rate(parts)
+                    else bootstrap_interval(parts)
+                )
+                low, high = map(measure.shown, interval)
+                value = measure.shown(ratio(parts))
+                figures.append(Figure(data, kind, measure.name, len(parts), value, (low, high)))
+    return tuple(figures)
+
+
+def to_accelerator(model: Any) -> None:
+    """Where there is one."""
     import torch
 
     if torch.cuda.is_available():
         model.to("cuda")
+
+
+def name_of(checkpoint: str | Path) -> str:
+    """runs/demo/digits-sft/final -> digits-sft."""
+    path = Path(checkpoint)
+    return path.parent.name if path.name == "final" else path.name

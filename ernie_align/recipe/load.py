@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 from ernie_align.errors import Fault, RecipeError
 from ernie_align.recipe.document import Document, apply_overrides, dotted, parse_document
 from ernie_align.recipe.schema import Block, Recipe
+
+B = TypeVar("B", bound=Block)
 
 _WANTED = {
     "string_type": "text",
@@ -41,13 +43,7 @@ def load_recipe(
     `key=value` texts, judged like the file; stage: the stage that the caller expects (the CLI verb).
     Raises RecipeError with every fault that was found.
     """
-    if isinstance(source, Mapping):
-        document = parse_document(json.dumps(source), "recipe")  # JSON is YAML; places mean nothing here
-        document.places = dict.fromkeys(document.places, "recipe")
-        document.keys = dict.fromkeys(document.keys, "recipe")
-        document.text = yaml.safe_dump(dict(source), sort_keys=False)
-    else:
-        document = _read(Path(source))
+    document = _document(source, "recipe")
     if not isinstance(document.values, dict):
         raise RecipeError.at(document.place(()), "a recipe is a mapping of keys", fix="begin with stage:")
     overrides = list(overrides)
@@ -61,7 +57,23 @@ def load_recipe(
     return recipe
 
 
-def to_yaml(recipe: Recipe) -> str:
+def load_block(source: str | Path | Mapping[str, Any], cls: type[B], *, name: str) -> B:
+    """Read and judge a file of another kind than a recipe, as a recipe is judged.
+
+    name: what the kind is called where the source is a mapping. Raises RecipeError with every fault that was found.
+    """
+    document = _document(source, name)
+    if not isinstance(document.values, dict):
+        raise RecipeError.at(document.place(()), f"a {name} is a mapping of keys")
+    try:
+        block = cls.model_validate(document.values)
+    except ValidationError as error:
+        raise RecipeError(*sorted(_faults(error, document, cls, ()), key=_in_file_order)) from None
+    _address(block, document, ())
+    return block
+
+
+def to_yaml(recipe: Block) -> str:
     """The resolved recipe: every key, defaults filled in."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
 
@@ -78,6 +90,16 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
         pairs = values.items()
         return {key: leaf for name, value in pairs for key, leaf in _flat(value, f"{prefix}{name}.").items()}
     return {prefix.rstrip("."): values}
+
+
+def _document(source: str | Path | Mapping[str, Any], name: str) -> Document:
+    if not isinstance(source, Mapping):
+        return _read(Path(source))
+    document = parse_document(json.dumps(source), name)  # JSON is YAML; places mean nothing here
+    document.places = dict.fromkeys(document.places, name)
+    document.keys = dict.fromkeys(document.keys, name)
+    document.text = yaml.safe_dump(dict(source), sort_keys=False)
+    return document
 
 
 def _read(path: Path) -> Document:

@@ -289,7 +289,9 @@ class ChecklistReward(_Reward):
     """Several criteria, each a reward of its own: their mean by weight, over those that apply to the row."""
 
     name: Literal["checklist"]
-    criteria: list[Annotated[Criterion, BeforeValidator(lambda value: _block(value, CRITERIA))]] = Field(min_length=1)
+    criteria: list[Annotated[Criterion, BeforeValidator(lambda value: named_block(value, CRITERIA))]] = Field(
+        min_length=1
+    )
 
     @field_validator("criteria")
     @classmethod
@@ -304,27 +306,27 @@ class ChecklistReward(_Reward):
 REWARDS = {**CRITERIA, "checklist": ChecklistReward}
 
 
-def _block(value: Any, blocks: Mapping[str, type[_Reward]]) -> _Reward:
+def named_block(value: Any, blocks: Mapping[str, type[Block]], *, kind: str = "reward") -> Block:
     """The block that `name` asks for. A bare union would report the faults of all its members instead of its own."""
-    if isinstance(value, _Reward):
+    if isinstance(value, Block):
         return value
     if not isinstance(value, Mapping):
-        raise fault("", f"{value!r} is no reward", fix="write a mapping: {name: exact_match, column: answer}")
+        raise fault("", f"{value!r} is no {kind}", fix="write a mapping: {name: exact_match, column: answer}")
     name = value.get("name")
     known = f"there are {', '.join(blocks)}, and your own as path/to/file.py:function"
     if not isinstance(name, str):
-        raise fault("name" if "name" in value else "", "no reward is named", why=known, fix="write name:")
+        raise fault("name" if "name" in value else "", f"no {kind} is named", why=known, fix="write name:")
     cls = CustomReward if ".py" in name else blocks.get(name)
     if cls is None:
         close = difflib.get_close_matches(name, blocks, n=1, cutoff=0.6)
-        raise fault("name", f"{name!r} is no reward", why=known, fix=f"did you mean {close[0]}?" if close else "")
+        raise fault("name", f"{name!r} is no {kind}", why=known, fix=f"did you mean {close[0]}?" if close else "")
     try:
         return cls.model_validate(value)
     except ValidationError as error:
         raise ValidationError.from_exception_data(cls.__name__, [_line(cls, item) for item in error.errors()]) from None
 
 
-def _line(cls: type[_Reward], item: Any) -> InitErrorDetails:
+def _line(cls: type[Block], item: Any) -> InitErrorDetails:
     """One fault of the block. Only here is it known which keys the user could have meant."""
     kind, loc, context = item["type"], item["loc"], item.get("ctx", {})
     if kind == "extra_forbidden" and len(loc) == 1:
@@ -335,4 +337,4 @@ def _line(cls: type[_Reward], item: Any) -> InitErrorDetails:
     return InitErrorDetails(type=kind, loc=loc, input=item["input"], ctx=context)
 
 
-RewardBlock = Annotated[Criterion | ChecklistReward, BeforeValidator(lambda value: _block(value, REWARDS))]
+RewardBlock = Annotated[Criterion | ChecklistReward, BeforeValidator(lambda value: named_block(value, REWARDS))]

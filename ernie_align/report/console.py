@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,10 +106,19 @@ class Terminal:
         return [ProgressBar(self.console)]
 
     @contextmanager
-    def counting(self, what: str) -> Iterator[Callable[[int], None]]:
-        """A line that counts rows while something is measured."""
-        with self.console.status(f"{escape(what)}: loading") as status:
-            yield lambda rows: status.update(f"{escape(what)}: {rows} rows")
+    def counting(self) -> Iterator[Callable[[str, int, int], None]]:
+        """A line that tells what is being asked, how far it is and how fast it goes."""
+        with self.console.status("loading") as status:
+            began: dict[str, tuple[float, int]] = {}
+
+            def tick(name: str, done: int, total: int) -> None:
+                start, found = began.setdefault(name, (time.monotonic(), done))
+                speed = (done - found) / max(1e-9, time.monotonic() - start)
+                pace = f", {speed:.1f} a second, {(total - done) / speed:.0f} s to go" if done > found else ""
+                there = f" ({found} done before)" if found else ""
+                status.update(f"{escape(name)}: {done} of {total} answers{there}{pace}")
+
+            yield tick
 
     def certificate(self, probe: TextLogits, unchanged: bool) -> None:
         """Whether text is answered as before, bit for bit."""

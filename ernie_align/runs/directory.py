@@ -9,14 +9,12 @@ import platform
 import re
 import shutil
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ernie_align.errors import Fault, RunError
 from ernie_align.recipe import differences
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
 SEAL = "complete.json"  # written last into a checkpoint: name and size of each of its files
 
 # A resumed run may end, log, save or evaluate at other steps; everything else must be what it was.
@@ -197,21 +195,3 @@ def broken(checkpoint: Path) -> str | None:
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes of {size}"
     return None
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware, as they bear on results."""
-    import torch
-
-    from ernie_align.models.pixels import pixel_backend
-
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "ernie_align": version("ernie-align"),
-        "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
-        "platform": platform.platform(),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "pixels_by": pixel_backend(),
-    }

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ernie_align.data.load import SourceCount
 from ernie_align.data.preview import Stretch, as_text, preview
 from ernie_align.models.certificate import TextLogits, text_logits
+from ernie_align.models.environment import environment
 from ernie_align.models.load import Bundle, load_model
 from ernie_align.models.pixels import pixel_backend
 from ernie_align.models.scopes import Coverage, coverage
 from ernie_align.recipe import Recipe, to_yaml
-from ernie_align.runs.directory import RunDirectory, environment, step_of
+from ernie_align.runs.directory import RunDirectory, step_of
 from ernie_align.runs.setup import Setup, prepare_data, set_up
 from ernie_align.stages import Batches
 from ernie_align.stages.base import inherited_defaults

@@ -1,0 +1,105 @@
+"""Which experts a checkpoint sends the questions' tokens to, layer by layer, and how many go elsewhere than before."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ernie_align.data.collate import Collator, model_inputs
+from ernie_align.data.render import Renderer
+from ernie_align.evaluation.questions import Question
+from ernie_align.models.load import Bundle
+from ernie_align.models.routing import record_experts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Router = tuple[int, str]  # layer, pool
+
+
+@dataclass(frozen=True)
+class RoutingPicture:
+    """Where tokens go.
+
+    rows: how many were asked; ids: of each; chosen: router -> (N, k) experts of the N tokens of its pool, row by row,
+    in rising order; experts: router -> how many experts it has.
+    """
+
+    rows: int
+    ids: list[list[int]]
+    chosen: dict[Router, Tensor]
+    experts: dict[Router, int]
+
+
+def first_of_each(questions: Sequence[Question], count: int) -> list[Question]:
+    """The first `count` questions of each data set."""
+    names = dict.fromkeys(question.data for question in questions)
+    return [question for name in names for question in [q for q in questions if q.data == name][:count]]
+
+
+def routing_picture(bundle: Bundle, renderer: Renderer, questions: Sequence[Question]) -> RoutingPicture | None:
+    """One forward of each question's prompt, each on its own so that no padding is routed. None without routers."""
+    import torch
+
+    device = next(bundle.model.parameters()).device
+    collate = Collator(bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor)
+    bundle.model.eval()
+    ids, parts = [], {}
+    experts: dict[Router, int] = {}
+    for number, question in enumerate(questions):
+        prompt = vars(renderer.prompt(question.asked)) | {"rows": [0, number]}
+        ids.append(prompt["input_ids"])
+        inputs = {name: values.to(device) for name, values in model_inputs(collate([prompt])).items()}
+        with torch.no_grad(), record_experts(bundle.model) as chosen:
+            bundle.model(**inputs, use_cache=False)
+        for name, calls in chosen.items():
+            parts.setdefault(_router(name), []).extend(call.cpu() for call in calls)
+            experts[_router(name)] = bundle.model.get_submodule(name).weight.shape[0]
+    if not parts:
+        return None
+    merged = {router: torch.cat(calls) for router, calls in sorted(parts.items())}
+    return RoutingPicture(len(ids), ids, merged, experts)
+
+
+def _router(name: str) -> Router:
+    """Adapters put names of their own before the layer's: the layer and the pool are what two models share."""
+    return int(re.search(r"\blayers\.(\d+)\.", name)[1]), "vision" if ".vision_moe." in name else "text"
+
+
+def describe(picture: RoutingPicture, first: RoutingPicture | None = None) -> dict[str, Any]:
+    """Load of each expert, experts that no token chose, and the share of tokens that go elsewhere than in `first`.
+
+    load: of the slots that the tokens of a layer and pool fill, the share of each expert; they sum to 1, and an even
+    load is 1 / experts. flipped: share of tokens whose set of experts differs; None without a first, or with other
+    tokens in it.
+    """
+    comparable = first is not None and first.ids == picture.ids and first.experts == picture.experts
+    layers = []
+    for (layer, pool), chosen in picture.chosen.items():
+        counts = chosen.flatten().bincount(minlength=picture.experts[layer, pool])
+        flips = int((chosen != first.chosen[layer, pool]).any(dim=-1).sum()) if comparable else None
+        layers.append(
+            {
+                "layer": layer,
+                "pool": pool,
+                "tokens": len(chosen),
+                "load": (counts / max(1, chosen.numel())).tolist(),
+                "unused": [expert for expert, count in enumerate(counts.tolist()) if not count],
+                "flipped": flips / len(chosen) if comparable and len(chosen) else None,
+            }
+        )
+    return {"rows": picture.rows, "layers": layers, "flipped": _by_pool(layers) if comparable else None}
+
+
+def _by_pool(layers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Over all layers of a pool, by their tokens."""
+    shares = {}
+    for pool in dict.fromkeys(layer["pool"] for layer in layers):
+        own = [layer for layer in layers if layer["pool"] == pool and layer["tokens"]]
+        if own:
+            shares[pool] = sum(layer["flipped"] * layer["tokens"] for layer in own) / sum(
+                layer["tokens"] for layer in own
+            )
+    return shares
