@@ -131,9 +131,8 @@ def evaluate_(
     with terminal.counting() as tick:
         evaluation = evaluate(checkpoints, plan=judged, out=out, tick=tick)
     for result in evaluation.results:
-        before = len(result.outcomes) and "" if result.asked else ", all answers were there"
-        pace = f", {result.asked / result.seconds:.1f} a second" if result.asked else before
-        terminal.say(f"{result.checkpoint}: {result.asked} answers in {result.seconds:.1f} s{pace}")
+        pace = f"{result.asked / result.seconds:.1f} a second" if result.asked else "every one was there already"
+        terminal.say(f"{result.checkpoint}: {result.asked} answers in {result.seconds:.1f} s, {pace}")
     for table in tables(evaluation):
         terminal.console.print(table)
     if out is not None:
@@ -146,8 +145,8 @@ def _harness(
     checkpoints: list[str], tasks: str, include_path: Path | None, limit: int | None, out: Path | None
 ) -> None:
     from ernie_align.evaluation.harness import run_tasks, written
+    from ernie_align.report.comparison import harness_table
     from ernie_align.report.console import Terminal
-    from ernie_align.report.harness import harness_table
 
     terminal = Terminal()
     results = {

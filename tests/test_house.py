@@ -43,6 +43,8 @@ DOORS = {
     "typer": ("cli",),
     "rich": ("cli", "report"),
     "matplotlib": ("report",),
+    "jinja2": ("report",),
+    "lm_eval": ("evaluation",),
     "math_verify": ("rewards",),
     "jsonschema": ("rewards",),
     "httpx2": ("rewards",),

@@ -125,18 +125,19 @@ def changed(
     for other in others:
         gains = []
         for number in range(len(questions)):
-            for measure in measures:
+            for place, measure in enumerate(measures):
                 theirs, ours = first.table[measure.name][number], other.table[measure.name][number]
                 if theirs is not None and ours is not None:
-                    gains.append((_gain(measure, ours, theirs), number, measure.name))
+                    gains.append((place, number, _gain(measure, ours, theirs)))
                     break
-        gains.sort()
-        worst = [gain for gain in gains if gain[0] < 0][:SHOWN_CHANGES]
-        best = [gain for gain in reversed(gains) if gain[0] > 0][:SHOWN_CHANGES]
-        found += [
-            {"checkpoint": other.name, "measure": measure, "row": number, "gain": gain}
-            for gain, number, measure in (*worst, *best)
-        ]
+        # of the plan's first measure that moved at all, and of it the widest: scales of two measures are not one
+        for sign in (-1, 1):
+            moved = sorted(gain for gain in gains if sign * gain[2] > 0)
+            moved = sorted(moved, key=lambda gain: (gain[0], -abs(gain[2])))[:SHOWN_CHANGES]
+            found += [
+                {"checkpoint": other.name, "measure": measures[place].name, "row": number, "gain": gain}
+                for place, number, gain in moved
+            ]
     return found
 
 

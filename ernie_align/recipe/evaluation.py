@@ -163,7 +163,7 @@ class RetentionBlock(Block):
         default_factory=list, description="Held-out text; otherwise a page that comes along"
     )
     tokens: int = Field(1024, ge=1, description="Tokens of text whose distributions are compared, at most")
-    routed_rows: int = Field(64, ge=1, description="Rows whose routing is compared, the first ones of each data set")
+    routed_rows: int = Field(32, ge=1, description="Rows whose routing is compared, the first ones of each data set")
 
 
 class Plan(Block):

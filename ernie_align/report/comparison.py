@@ -29,7 +29,9 @@ def rates(report: Report) -> set[str]:
 def number(value: float, *, rate: bool, signed: bool = False) -> str:
     """0.937 -> 93.7 % for a rate, else three or four digits that matter."""
     sign = "+" if signed else ""
-    return f"{100 * value:{sign}.1f} %" if rate else f"{value:{sign}.4g}"
+    if rate:
+        return f"{100 * value:{sign}.1f} %"
+    return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4g}"
 
 
 def span(interval: list[float], *, rate: bool, signed: bool = False) -> str:
@@ -114,4 +116,19 @@ def _requirements(report: Report) -> Table:
         verdict = "[green]met[/green]" if line["passed"] else "[bold red]MISSED[/bold red]"
         cells = (line["requirement"], line["checkpoint"], line["data"] or "", line["kind"] or "", value)
         table.add_row(*map(escape, cells), verdict)
+    return table
+
+
+def harness_table(results: Mapping[str, list[dict[str, Any]]]) -> Table:
+    """Tasks of lm-eval, one column per checkpoint: each value with its standard error."""
+    table = Table("task", "metric", title="lm-eval, with standard errors", title_justify="left")
+    for checkpoint in results:
+        table.add_column(escape(checkpoint), justify="right")
+    own = [{(line["task"], line["metric"], line["filter"]): line for line in lines} for lines in results.values()]
+    for task, metric, filtered in own[0]:
+        cells = []
+        for lines in own:
+            line = lines[task, metric, filtered]
+            cells.append(f"{line['value']:.4f}" + (f" ± {line['stderr']:.4f}" if line["stderr"] is not None else ""))
+        table.add_row(escape(task), escape(metric if filtered == "none" else f"{metric}, {filtered}"), *cells)
     return table

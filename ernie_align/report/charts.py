@@ -1,0 +1,126 @@
+"""Curves, whiskers and heat maps as SVG that stands inside a page and takes its text color from there."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+Points = Sequence[tuple[float, float]]
+
+# Middle tones: they can be told from a white page as from a black one, and from each other without seeing color well.
+_COLORS = ("#2f81f7", "#e8710a", "#12a150", "#c026d3", "#b08800", "#7a869a")
+_MARKERS = "osD^vP"
+_TEXT = "#010203"  # stands for the page's own text color, which is known only where the page is shown
+_UNUSED = "#d1495b"
+
+
+@contextmanager
+def _figure(width: float, height: float, *, label: str, rows: int = 1, columns: int = 1):
+    """A figure of inches and its axes; its SVG is in the list that comes third once the block is left."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {
+        "svg.fonttype": "none",  # text stays text: it can be searched, and scales with the page
+        "svg.hashsalt": label,  # the same chart is the same file
+        "text.color": _TEXT,
+        "axes.edgecolor": _TEXT,
+        "axes.labelcolor": _TEXT,
+        "xtick.color": _TEXT,
+        "ytick.color": _TEXT,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 10,
+        "font.size": 9,
+        "legend.frameon": False,
+        "axes.prop_cycle": matplotlib.cycler(color=_COLORS),
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+        done: list[str] = []
+        yield figure, axes, done
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        done.append(_inline(file.getvalue(), label))
+
+
+def _inline(svg: str, label: str) -> str:
+    """Without what only a file of its own needs; ids made unlike those of the page's other charts."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    mark = re.sub(r"\W+", "-", label)
+    svg = re.sub(r'\bid="', f'id="{mark}-', svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{mark}-", svg)
+    return svg.replace(_TEXT, "currentColor").strip()
+
+
+def curves(series: Mapping[str, Points], *, label: str, x: str = "step") -> str:
+    """Name -> its points (x, y), as lines. label: unique on the page."""
+    with _figure(5.2, 2.7, label=label) as (_, axes, done):
+        axis = axes[0][0]
+        for name, points in series.items():
+            xs, ys = zip(*points, strict=True)
+            axis.plot(xs, ys, label=name, linewidth=1.5, marker="o" if len(xs) < 12 else None, markersize=3)
+        axis.set_xlabel(x)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.25)
+        axis.legend(loc="best", fontsize=8)
+    return done[0]
+
+
+def whiskers(rows: Sequence[str], series: Mapping[str, Sequence[Any]], *, label: str, percent: bool) -> str:
+    """Row by row, one dot with its interval for each checkpoint; None where it was not measured.
+
+    series: checkpoint -> of each row (value, low, high).
+    """
+    scale = 100 if percent else 1
+    with _figure(6.4, 0.8 + 0.32 * len(rows) * max(1, len(series) / 2), label=label) as (_, axes, done):
+        axis = axes[0][0]
+        for place, (name, figures) in enumerate(series.items()):
+            known = [(row, figure) for row, figure in enumerate(figures) if figure is not None]
+            offset = (place - (len(series) - 1) / 2) * 0.7 / max(1, len(series))
+            values = [scale * value for _, (value, _, _) in known]
+            errors = [
+                [scale * max(0, value - low) for _, (value, low, _) in known],
+                [scale * max(0, high - value) for _, (value, _, high) in known],
+            ]
+            heights = [row + offset for row, _ in known]
+            marker = _MARKERS[place % len(_MARKERS)]
+            axis.errorbar(values, heights, xerr=errors, fmt=marker, markersize=5, capsize=3, label=name)
+        axis.set_yticks(range(len(rows)), rows)
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.grid(axis="x", alpha=0.25)
+        axis.set_xlabel("%" if percent else "")
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(3, len(series)), fontsize=8)
+    return done[0]
+
+
+def expert_load(layers: Sequence[Mapping[str, Any]], *, label: str) -> str:
+    """Heat maps of one checkpoint, one for each pool: layer by expert, how many times an even share it is given."""
+    pools = list(dict.fromkeys(layer["pool"] for layer in layers))
+    height = 0.9 + 0.24 * max(sum(layer["pool"] == pool for layer in layers) for pool in pools)
+    with _figure(3.4 * len(pools), max(1.7, height), label=label, columns=len(pools)) as (figure, axes, done):
+        import matplotlib
+        import numpy as np
+
+        colors = matplotlib.colormaps["viridis"].with_extremes(bad=_UNUSED)
+        for axis, pool in zip(axes[0], pools, strict=True):
+            own = [layer for layer in layers if layer["pool"] == pool]
+            load = np.array([layer["load"] for layer in own]) * len(own[0]["load"])
+            shown = axis.imshow(np.ma.masked_equal(load, 0), aspect="auto", cmap=colors, vmin=0, vmax=3)
+            axis.set_yticks(range(len(own)), [str(layer["layer"]) for layer in own])
+            axis.set_title(f"{pool} pool")
+            axis.set_xlabel("expert")
+            axis.set_ylabel("layer")
+        bar = figure.colorbar(shown, ax=list(axes[0]), extend="max")
+        bar.set_label("times an even share")
+    return done[0]
+
+
+def finite(points: Points) -> list[tuple[float, float]]:
+    """The points that can be drawn."""
+    return [(x, y) for x, y in points if math.isfinite(y)]
