@@ -60,8 +60,8 @@ def test_train_evaluate_and_ask(checkpoints, digits, tmp_path):
         "eval", checkpoints["vl_moe"], final, "--data", digits / "val.jsonl", "--limit", 6, "--max-new-tokens", 2,
         "--out", report,
     )  # fmt: skip
-    assert result.exit_code == 0 and "exact match" in result.output
-    asked = [kept["checkpoint"] for kept in json.loads(report.read_text())["reports"]]
+    assert result.exit_code == 0 and "exact_match" in result.output
+    asked = [kept["checkpoint"] for kept in json.loads(report.read_text())["checkpoints"]]
     assert asked == [str(checkpoints["vl_moe"]), str(final)]
 
     image = digits / "images" / "0005.png"
@@ -114,7 +114,7 @@ def test_the_schema_is_json():
 
 def test_help_names_every_verb():
     told = invoke("--help").output
-    assert all(verb in told for verb in ("sft", "lora", "check", "eval", "generate", "tiny", "schema"))
+    assert all(verb in told for verb in ("sft", "lora", "check", "eval", "report", "generate", "tiny", "schema"))
 
 
 def test_the_public_names():

@@ -57,11 +57,9 @@ def test_the_reasoning_is_never_judged():
     assert one(block, answer("five", "four, surely")) == 0 and one(block, answer("four", "five")) == 1
 
 
-def test_exact_match_is_the_one_of_the_evaluation():
-    from ernie_align.evaluation.metrics import exact_match as measured
-
-    for text, expected in [(" seven\n", "seven"), ("seven", "Seven"), ("seven", "seve"), ("", " ")]:
-        assert exact_match(text, expected) == measured(text, expected)
+def test_exact_match_forgives_white_space_alone():
+    assert exact_match(" seven\n", "seven") == 1 and exact_match("", " ") == 1
+    assert exact_match("seven", "Seven") == 0 and exact_match("seven", "seve") == 0
     assert exact_match("Straße", "STRASSE", ignore_case=True) == 1
     assert exact_match("7", 7) == 1 and exact_match("b", ["a", "b"]) == 1 and exact_match("c", ["a", "b"]) == 0
 

@@ -118,7 +118,7 @@ def changed(
     """Of every checkpoint after the first: the questions that got worse and better by most, {checkpoint, measure, row,
     gain}, row being the question's number.
 
-    A question is judged by the first measure of the plan that applies to it.
+    A question is judged by the first measure of the plan on which it moved.
     """
     first, *others = results
     found = []
@@ -127,13 +127,14 @@ def changed(
         for number in range(len(questions)):
             for place, measure in enumerate(measures):
                 theirs, ours = first.table[measure.name][number], other.table[measure.name][number]
-                if theirs is not None and ours is not None:
-                    gains.append((place, number, _gain(measure, ours, theirs)))
+                gain = _gain(measure, ours, theirs) if theirs is not None and ours is not None else 0
+                if gain:
+                    gains.append((place, number, gain))
                     break
-        # of the plan's first measure that moved at all, and of it the widest: scales of two measures are not one
+        # the plan's first measures before its later ones: two measures share no scale
+        gains.sort(key=lambda gain: (gain[0], -abs(gain[2]), gain[1]))
         for sign in (-1, 1):
-            moved = sorted(gain for gain in gains if sign * gain[2] > 0)
-            moved = sorted(moved, key=lambda gain: (gain[0], -abs(gain[2])))[:SHOWN_CHANGES]
+            moved = [gain for gain in gains if sign * gain[2] > 0][:SHOWN_CHANGES]
             found += [
                 {"checkpoint": other.name, "measure": measures[place].name, "row": number, "gain": gain}
                 for place, number, gain in moved

@@ -34,7 +34,9 @@ def run_tasks(
         raise RunError.at(
             "--harness", f"lm-eval is not here: {error}", fix="pip install 'ernie-align[bench]'"
         ) from None
-    manager = TaskManager(include_path=str(include_path) if include_path else None)
+    manager = TaskManager(include_path=str(include_path) if include_path else None, include_defaults=not include_path)
+    if include_path and not set(tasks) <= set(manager.all_tasks):  # reading lm-eval's own thousands takes a while
+        manager = TaskManager(include_path=str(include_path))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         fix = "name a task that lm-eval has, or --include-path with the folder of its YAML file"

@@ -60,7 +60,7 @@ def _inline(svg: str, label: str) -> str:
 
 def curves(series: Mapping[str, Points], *, label: str, x: str = "step") -> str:
     """Name -> its points (x, y), as lines. label: unique on the page."""
-    with _figure(5.2, 2.7, label=label) as (_, axes, done):
+    with _figure(5.2, 2.7, label=label) as (figure, axes, done):
         axis = axes[0][0]
         for name, points in series.items():
             xs, ys = zip(*points, strict=True)
@@ -68,7 +68,7 @@ def curves(series: Mapping[str, Points], *, label: str, x: str = "step") -> str:
         axis.set_xlabel(x)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
-        axis.legend(loc="best", fontsize=8)
+        figure.legend(loc="outside upper left", ncols=2, fontsize=8)
     return done[0]
 
 

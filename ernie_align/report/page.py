@@ -22,8 +22,8 @@ _CURVES = {
     "Tokens sent to other experts than the reference's": ("routing/", "eval_routing/"),
     "Length of completions, tokens": ("completions/mean_length",),
 }
-# C0 controls but tab and line feed: a model may write them, a page may not hold them
-_VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
+# Controls but tab and line feed: a model may write them, a page may not hold them
+_VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD}
 
 
 def write_page(folders: Sequence[str | Path], path: str | Path) -> None:
