@@ -39,7 +39,7 @@ def test_every_command_is_understood(command):
 
 def test_the_commands_of_the_issue_are_there():
     assert {command.split()[1] for command in COMMANDS} == {
-        "tiny", "check", "sft", "lora", "dpo", "upo", "eval", "generate", "schema",
+        "tiny", "check", "sft", "lora", "dpo", "upo", "eval", "report", "generate", "schema",
     }  # fmt: skip
 
 
@@ -49,6 +49,15 @@ def test_the_recipes_in_the_readme_are_sound(stage, tmp_path):
     (text,) = [block for language, block in BLOCKS if language == "yaml" and block.startswith(f"stage: {stage}")]
     recipe.write_text(text)
     assert load_recipe(recipe).stage == stage
+
+
+def test_the_plan_in_the_readme_is_sound(tmp_path):
+    from ernie_align.evaluation import load_plan
+
+    (text,) = [block for language, block in BLOCKS if language == "yaml" and block.startswith("data:")]
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(text)
+    assert [data.called for data in load_plan(plan).data] == ["test.jsonl", "mmbench.tsv"]
 
 
 def test_the_python_in_the_readme_names_what_exists():
