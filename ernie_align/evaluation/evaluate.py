@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,21 @@ class Evaluation:
         return all(line["passed"] for line in self.report["requirements"])
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Work:
+    """What is the same for every checkpoint. folder: where answers are kept, if anywhere."""
+
+    plan: Plan
+    questions: list[Question]
+    measures: list[Measure]
+    ways: dict[str, list[int]]
+    groups: dict[tuple[str, str], list[int]]
+    folder: Path | None
+    dtype: str
+    tick: Tick
+
+
+@dataclass(frozen=True)
 class _Pictures:
     text: TextPicture
     routing: RoutingPicture | None
@@ -121,9 +136,10 @@ def evaluate(
         several=len(listed) > 1,
         where=judged.where("require"),
     )
+    work = _Work(judged, questions, measures, ways, groups, folder, dtype, tick)
     results, against, first = [], [], None
     for name, checkpoint in names.items():
-        result, pictures = _one(checkpoint, name, judged, questions, measures, ways, groups, folder, dtype, tick, names)
+        result, pictures = _one(work, checkpoint, name, compared=len(names) > 1)
         results.append(result)
         against.append(_against(first, pictures))
         first = first or pictures
@@ -150,33 +166,23 @@ def _names(checkpoints: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _one(
-    checkpoint: str,
-    name: str,
-    plan: Plan,
-    questions: Sequence[Question],
-    measures: Sequence[Measure],
-    ways: dict[str, list[int]],
-    groups: dict[tuple[str, str], list[int]],
-    folder: Path | None,
-    dtype: str,
-    tick: Tick,
-    names: Mapping[str, str],
-) -> tuple[Result, _Pictures | None]:
-    print_of_rows = fingerprint(_weights(checkpoint), dtype, questions, plan.generation)
-    path = folder / name / "rows.jsonl" if folder else None
-    ledger = Ledger(path, fingerprint=print_of_rows, checkpoint=checkpoint)
-    bundle = load_model(checkpoint, dtype=dtype)
+def _one(work: _Work, checkpoint: str, name: str, *, compared: bool) -> tuple[Result, _Pictures | None]:
+    """Ask, measure, and (compared) look inside one checkpoint; it is let go of before the next one is loaded."""
+    plan, questions = work.plan, work.questions
+    asked_for = fingerprint(_weights(checkpoint), work.dtype, questions, plan.generation)
+    path = work.folder / name / "rows.jsonl" if work.folder else None
+    ledger = Ledger(path, fingerprint=asked_for, checkpoint=checkpoint)
+    bundle = load_model(checkpoint, dtype=work.dtype)
     measure.to_accelerator(bundle.model)
     renderer = renderer_of(bundle, thinking=plan.generation.thinking)
     start = time.monotonic()
-    asked = measure.ask(bundle, renderer, questions, ways, plan, ledger, lambda done, total: tick(name, done, total))
+    asked = measure.ask(bundle, renderer, questions, work.ways, plan, ledger, partial(work.tick, name))
     seconds = round(time.monotonic() - start, 3)
-    outcomes = measure.outcomes_of(ledger, ways, len(questions), plan.generation.samples)
-    table = measure.table_of(questions, outcomes, measures)
-    figures = measure.figures_of(table, groups, measures)
+    outcomes = measure.outcomes_of(ledger, work.ways, len(questions), plan.generation.samples)
+    table = measure.table_of(questions, outcomes, work.measures)
+    figures = measure.figures_of(table, work.groups, work.measures)
     result = Result(checkpoint, name, figures, table, outcomes, seconds, asked)
-    return result, _pictures(bundle, plan, questions) if len(names) > 1 else None
+    return result, _pictures(bundle, plan, questions) if compared else None
 
 
 def _weights(checkpoint: str) -> str:
@@ -273,6 +279,6 @@ def _json(report: Mapping[str, Any]) -> str:
 def _write(path: Path, text: str) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    unfinished = path.with_name(f".{path.name}.partial")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)

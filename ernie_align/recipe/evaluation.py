@@ -171,8 +171,8 @@ class Plan(Block):
 
     data: list[DataSetBlock] = Field(min_length=1)
     metrics: list[MetricBlock] = Field(min_length=1)
-    generation: GenerationBlock = GenerationBlock()
-    retention: RetentionBlock = RetentionBlock()
+    generation: GenerationBlock = Field(default_factory=GenerationBlock)
+    retention: RetentionBlock = Field(default_factory=RetentionBlock)
     require: list[str] = Field(default_factory=list, description="Such as exact_match@test.jsonl/sum>=0.9")
 
     @model_validator(mode="after")
