@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "load_model", "load_recipe", "run"]
+__all__ = ["evaluate", "export", "load_model", "load_recipe", "run"]
 
 if TYPE_CHECKING:
     from ernie_align.evaluation import evaluate
+    from ernie_align.exporting import export
     from ernie_align.models.load import load_model
     from ernie_align.runs import RunResult, load_recipe
 
 _HOMES = {
     "evaluate": "ernie_align.evaluation",
+    "export": "ernie_align.exporting",
     "load_model": "ernie_align.models.load",
     "load_recipe": "ernie_align.runs",
 }

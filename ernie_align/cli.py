@@ -1,4 +1,4 @@
-"""The command line: one verb per stage, plus check, eval, report, generate, tiny and schema."""
+"""The command line: one verb per stage, plus check, eval, report, generate, export, tiny and schema."""
 
 from __future__ import annotations
 
@@ -205,6 +205,44 @@ def generate(
         talk.loop()
     else:
         typer.echo(talk.ask(prompt))
+
+
+@app.command(rich_help_panel="Make")
+def export(
+    source: Annotated[str, typer.Argument(help="A run, its final, one of its checkpoints, an adapter or a model.")],
+    to: Annotated[Path, typer.Option(help="A new folder, which appears once it is proved.")],
+    what: Annotated[str, typer.Option(help="merged: the whole model; adapter: the adapter alone.")] = "merged",
+    shard_size: Annotated[str, typer.Option(help="Of the weight files.")] = "5GB",
+    accumulate: Annotated[
+        str, typer.Option(help="float32: the adapter is added in float32, rounded once; native: as PEFT does.")
+    ] = "float32",
+    dtype: Annotated[str, typer.Option(help="Of the merged weights; auto: the base's own.")] = "auto",
+    bound: Annotated[float | None, typer.Option(help="Refuse beyond this; float32: 1e-5, bfloat16: KL 0.01.")] = None,
+    push: Annotated[str | None, typer.Option(help="Then upload it to this hub repository, owner/name.")] = None,
+) -> None:
+    """Merge an adapter into its model, compare the two, and write a folder that serves."""
+    import ernie_align
+    from ernie_align.report.console import Terminal, hush
+
+    for option, value, known in (
+        ("--what", what, ("merged", "adapter")),
+        ("--accumulate", accumulate, ("float32", "native")),
+        ("--dtype", dtype, ("auto", "bfloat16", "float32")),
+    ):
+        if value not in known:
+            raise typer.BadParameter(f"choose from {', '.join(known)}", param_hint=option)
+    hush()
+    ernie_align.export(
+        source,
+        to=to,
+        what=what,
+        shard_size=shard_size,
+        accumulate=accumulate,
+        dtype=dtype,
+        bound=bound,
+        push=push,
+        say=Terminal().say,
+    )
 
 
 @app.command(rich_help_panel="Make")

@@ -55,3 +55,7 @@ class ModelError(AlignError):
 
 class RunError(AlignError):
     """The run cannot start, go on or be resumed."""
+
+
+class ExportError(AlignError):
+    """The export cannot be written, or says something else than what it was made from."""

@@ -26,8 +26,8 @@ FLOORS = {
     "stages": 2,
     "evaluation": 2,
     "runs": 3,
-    "export": 3,
-    "plan": 3,
+    "exporting": 3,
+    "planning": 3,
     "report": 3,
     "cli": 4,
     "__main__": 5,
@@ -36,7 +36,7 @@ FLOORS = {
 # third party -> where it may be imported
 DOORS = {
     "trl": ("stages",),
-    "peft": ("models", "export"),
+    "peft": ("models", "exporting"),
     "pydantic": ("recipe", "stages"),
     "pydantic_core": ("recipe", "stages"),
     "yaml": ("recipe",),

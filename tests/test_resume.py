@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ernie_align.errors import RunError
-from ernie_align.runs.directory import RunDirectory, broken, seal
+from ernie_align.models.seal import broken, seal
+from ernie_align.runs.directory import RunDirectory
 from tests.conftest import FAMILIES, logged, recipe_of, run_quietly, tensors_of
 
 

@@ -55,6 +55,16 @@ class CheckpointFiles:
         looks_local = not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.name) or self.name.startswith(".")
         return path.exists() or looks_local or ("/" in self.name and Path(path.parts[0]).is_dir())
 
+    @property
+    def folder(self) -> Path:
+        """Where its files lie: the folder itself, or the hub's cache of those that were fetched."""
+        if self.is_folder:
+            return Path(self.name)
+        fetched = self._fetch("config.json") or self._fetch("adapter_config.json")
+        if fetched is None:
+            raise self._missing("config.json")
+        return fetched.parent
+
     def read_json(self, file: str, *, required: bool = True) -> dict[str, Any] | None:
         """A JSON file of the checkpoint. Raises ModelError where it is missing (if required) or no JSON."""
         path = self._fetch(file)

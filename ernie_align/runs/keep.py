@@ -9,7 +9,8 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from ernie_align.models.load import Bundle
-from ernie_align.runs.directory import RunDirectory, broken, seal
+from ernie_align.models.seal import broken, seal
+from ernie_align.runs.directory import RunDirectory
 
 
 class MetricsKeeper(TrainerCallback):
