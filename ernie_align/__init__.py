@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "export", "load_model", "load_recipe", "run"]
+__all__ = ["evaluate", "export", "load_model", "load_recipe", "plan", "run"]
 
 if TYPE_CHECKING:
     from ernie_align.evaluation import evaluate
     from ernie_align.exporting import export
     from ernie_align.models.load import load_model
+    from ernie_align.planning import Plan
     from ernie_align.runs import RunResult, load_recipe
 
 _HOMES = {
@@ -33,6 +35,22 @@ def run(recipe: Any, *, resume: bool = False) -> RunResult:
     hush()
     checked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     return run(checked, resume=resume, reporter=Terminal(speaks=_is_first_process()))
+
+
+def plan(recipe: Any, *, overrides: Iterable[str] = (), **hardware: Any) -> Plan:
+    """What a recipe needs in memory and time; imports no torch and loads no weights.
+
+    recipe: a Recipe, or what load_recipe takes; hardware: gpu, gpus, strategy, ... of planning.plan.
+    """
+    from ernie_align.models.files import CheckpointFiles
+    from ernie_align.planning import plan
+    from ernie_align.recipe import Recipe
+    from ernie_align.runs import go_on, load_recipe
+
+    checked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides=overrides)
+    if CheckpointFiles(checked.model.name).is_folder:  # a run or an adapter is nothing that the hub is asked about
+        checked, _ = go_on(checked)
+    return plan(checked, **hardware)
 
 
 def _is_first_process() -> bool:

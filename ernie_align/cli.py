@@ -1,4 +1,4 @@
-"""The command line: one verb per stage, plus check, eval, report, generate, export, tiny and schema."""
+"""The command line: one verb per stage, plus check, plan, eval, report, generate, export, tiny and schema."""
 
 from __future__ import annotations
 
@@ -70,6 +70,56 @@ def check(
         terminal.say(line)
     judged = sum(count.rows for count in counts)
     terminal.say(f"{recipe}: the recipe is sound, and so are the {judged} rows that were judged (--rows for more)")
+
+
+@app.command(rich_help_panel="Look")
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="80GB, or a name such as H100.")] = "80GB",
+    gpus: Annotated[int, typer.Option(min=1)] = 1,
+    strategy: Annotated[str, typer.Option(help="How several GPUs share the work: ddp, fsdp, zero2, zero3.")] = "ddp",
+    base_bits: Annotated[int | None, typer.Option(help="Of a frozen base: 16, 8, 4 or 2. A calculation only.")] = None,
+    vision_share: Annotated[float, typer.Option(min=0, max=1, help="Share of a row that is image tokens.")] = 0.5,
+    context: Annotated[int | None, typer.Option(min=1, help="One more context for the calculator.")] = None,
+    efficiency: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the GPU's peak that is reached.")] = 0.35,
+    sweep: Annotated[str | None, typer.Option(help="key=v1,v2: one line for each value instead.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a recipe needs, whether it fits, and what to change if not. Loads neither torch nor weights."""
+    import ernie_align
+    from ernie_align.planning.text import as_text, gb, table, verdict
+
+    for option, value, known in (
+        ("--strategy", strategy, ("ddp", "fsdp", "zero2", "zero3")),
+        ("--base-bits", base_bits, (None, 16, 8, 4, 2)),
+    ):
+        if value not in known:
+            raise typer.BadParameter(f"choose from {', '.join(map(str, filter(None, known)))}", param_hint=option)
+    key, _, values = (sweep or "").partition("=")
+    if sweep is not None and not (key and values):
+        raise typer.BadParameter("write key=v1,v2", param_hint="--sweep")
+    settings = {
+        "gpu": gpu,
+        "gpus": gpus,
+        "strategy": strategy,
+        "base_bits": base_bits,
+        "vision_share": vision_share,
+        "context": context,
+        "efficiency": efficiency,
+    }
+    found = {}
+    for value in values.split(",") if sweep else [""]:
+        extra = [f"{key}={value}"] if sweep else []
+        found[value] = ernie_align.plan(recipe, overrides=[*(overrides or ()), *extra], **settings)
+    if as_json:
+        plain = {value: one.as_json() for value, one in found.items()}
+        typer.echo(json.dumps(plain if sweep else plain[""], indent=2))
+    elif sweep:
+        rows = [(value, gb(one.memory.peak), f"{one.work.seconds:.3g}", verdict(one)) for value, one in found.items()]
+        typer.echo(table((key, "GB", "s a step", ""), rows))
+    else:
+        typer.echo(as_text(found[""]))
 
 
 @app.command("eval", rich_help_panel="Look")

@@ -70,7 +70,7 @@ def load_recipe(source: Any, *, overrides: Iterable[str] = (), stage: str | None
 
 def set_up(recipe: Recipe) -> Setup:
     """Judge the recipe against its model's config and tokenizer. Raises AlignError where they do not fit."""
-    recipe, notes = _go_on(recipe)
+    recipe, notes = go_on(recipe)
     block, stage = recipe.model, STAGES[recipe.stage]
     files = CheckpointFiles(block.name, block.revision, block.where("name"))
     if recipe.training.get("eval_strategy", "no") != "no" and not recipe.data.eval:
@@ -87,7 +87,7 @@ def set_up(recipe: Recipe) -> Setup:
     return Setup(recipe, stage, anatomy, coverage(anatomy, trained), renderer, notes)
 
 
-def _go_on(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+def go_on(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     """Staged alignment: model.name may be a finished run or an adapter, whose base and scope are then found.
 
     The recipe that this comes to, and what was found. Raises RecipeError where the stage trains no adapter, or where
