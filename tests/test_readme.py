@@ -39,7 +39,7 @@ def test_every_command_is_understood(command):
 
 def test_the_commands_of_the_issue_are_there():
     assert {command.split()[1] for command in COMMANDS} == {
-        "tiny", "check", "sft", "lora", "dpo", "upo", "eval", "report", "generate", "schema",
+        "tiny", "check", "plan", "sft", "lora", "dpo", "upo", "eval", "report", "generate", "export", "schema",
     }  # fmt: skip
 
 

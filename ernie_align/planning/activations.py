@@ -19,20 +19,26 @@ _ROUTED_INDICES = 24  # bytes of the three index tensors of one routed row
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes. layers: of each decoder layer; outside: embeddings' side, tower, resampler and final norm; entry: of one
-    layer's input, which is all that checkpointing keeps of it; working: transient, of the widest step of a backward."""
+    """Bytes.
+
+    layers: of each decoder layer; outside: tower, resampler and final norm; entry: of one layer's input, which is all
+    that checkpointing keeps of it; working: transient, of the widest step of a layer's backward.
+    """
 
     layers: tuple[float, ...]
     outside: float
     entry: float
     working: float
 
-    def total(self, *, checkpointing: bool) -> float:
-        """Held at once at the start of the backward pass, or within it, whichever is more."""
+    def held(self, *, checkpointing: bool) -> float:
+        """From the end of the forward on."""
         if not checkpointing:
-            return sum(self.layers) + self.outside + self.working
-        flowing = [size for size in self.layers if size]
-        return self.entry * len(flowing) + self.outside + max(flowing, default=0.0) + self.working
+            return sum(self.layers) + self.outside
+        return self.entry * sum(size > 0 for size in self.layers) + self.outside
+
+    def step(self, *, checkpointing: bool) -> float:
+        """Beside it, while the backward is in a layer: its gradients, and the layer itself if it is computed again."""
+        return self.working + (max(self.layers) if checkpointing else 0.0)
 
 
 def kept(setting: Setting, shape: Shape) -> Kept:

@@ -22,7 +22,8 @@ class Memory:
     """Bytes on each device.
 
     weights, reference, adapters, optimizer are held all the time; gradients, activations and logits within a step,
-    gradients growing while activations shrink; rollout while completions are drawn. peak: the worst moment.
+    gradients growing while activations shrink, and logits never beside all of the activations; rollout while
+    completions are drawn. peak: the worst moment, which is less than their sum.
     """
 
     weights: float
@@ -64,15 +65,19 @@ def memory(setting: Setting, anatomy: Anatomy, shape: Shape) -> Memory:
     reference = base * whole_weights if setting.reference else 0.0
 
     found = kept(setting, shape)
-    activations = found.total(checkpointing=setting.checkpointing) + _pixels(setting, shape)
+    kept_forward = found.held(checkpointing=setting.checkpointing) + _pixels(setting, shape)
+    in_a_layer = found.step(checkpointing=setting.checkpointing)
+    activations = kept_forward + in_a_layer
     logits = _head(setting, shape)
     rollout = _rollout(setting, shape)
 
     held_gradients = gradients if setting.is_adapter or setting.accumulation > 1 else 0.0
-    beginning = held_gradients + activations + logits
-    end = gradients + found.working + (_embedding_gradient(setting, shape) if "embeddings" in setting.trained else 0.0)
-    asking = held_gradients + activations - found.working + _forward(setting, shape, setting.positions)
-    moments = [beginning, end, rollout]
+    of_the_head = _head_gradient(setting, shape)
+    in_the_head = held_gradients + kept_forward + logits
+    above = held_gradients + kept_forward + in_a_layer + of_the_head
+    below = gradients + in_a_layer + (_embedding_gradient(setting, shape) if of_the_head else 0.0)
+    asking = held_gradients + kept_forward + _forward(setting, shape, setting.positions)
+    moments = [in_the_head, above, below, rollout]
     if setting.asks_reference and setting.stage == "dpo":
         moments.append(asking)
     held = weights + reference + adapters + optimizer
@@ -137,9 +142,13 @@ def _head(setting: Setting, shape: Shape) -> float:
     size = positions * shape.hidden * (s + 4 + s) + tile * s  # input, its gradient in float32, and that as s
     if setting.device == "cpu":
         size += _TILES_BACKWARD * tile * 4
-    if setting.trained.keys() & {"embeddings", "lm_head"} and not setting.is_adapter:
-        size += 4 * shape.vocabulary * shape.hidden
-    return size
+    return size + _head_gradient(setting, shape)
+
+
+def _head_gradient(setting: Setting, shape: Shape) -> float:
+    """Of the head's weight, which is the embeddings' where the two are tied: float32, from the first backward step."""
+    trained = not setting.is_adapter and setting.trained.keys() & {"embeddings", "lm_head"}
+    return 4.0 * shape.vocabulary * shape.hidden if trained else 0.0
 
 
 def _embedding_gradient(setting: Setting, shape: Shape) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import time
 from pathlib import Path
@@ -13,8 +14,20 @@ from ernie_align.models.seal import broken, seal
 from ernie_align.runs.directory import RunDirectory
 
 
+def peak_memory() -> float:
+    """GB (10^9 bytes) at the worst moment so far: allocated on the accelerator, else resident in this process."""
+    import resource
+
+    import torch
+
+    if torch.accelerator.is_available():
+        return round(torch.accelerator.max_memory_allocated() / 1e9, 3)
+    kilo = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 1e9, 3)
+
+
 class MetricsKeeper(TrainerCallback):
-    """Every log as a line of metrics.jsonl: step, epoch, seconds since the start, and Trainer's values."""
+    """Every log as a line of metrics.jsonl: step, epoch, Trainer's values, seconds since the start, and peak memory."""
 
     def __init__(self, directory: RunDirectory):
         self.directory = directory
@@ -25,7 +38,8 @@ class MetricsKeeper(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         seconds = round(time.monotonic() - self.start, 3)
-        self.directory.append_metrics({"step": state.global_step, **(logs or {}), "seconds": seconds})
+        values = {**(logs or {}), "seconds": seconds, "peak_memory_gb": peak_memory()}
+        self.directory.append_metrics({"step": state.global_step, **values})
 
 
 class CheckpointKeeper(TrainerCallback):

@@ -98,6 +98,8 @@ def _train(
 ) -> RunResult:
     from transformers import PrinterCallback
 
+    from ernie_align.runs.keep import peak_memory
+
     recipe = setup.recipe
     for note in setup.notes:
         reporter.say(note)
@@ -142,7 +144,7 @@ def _train(
         (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle of Trainer's; run.dir says it all in text
         bundle.save_processor(str(partial))
         directory.write("data.json", [asdict(count) for count in data.counts])  # a stream is counted only now
-        directory.note(text_unchanged=unchanged, metrics=metrics)
+        directory.note(text_unchanged=unchanged, metrics=metrics, peak_memory_gb=peak_memory())
         partial.replace(directory.final)
         directory.finish()
     reporter.say(f"finished: {directory.final}")

@@ -1,0 +1,205 @@
+"""The plan's memory against the measured one, over the loaded model, stage by stage.
+
+    python -m benchmarks.plan [--preset tiny|mini] [--out benchmarks/results/plan.json]
+
+Each case is a run of three steps on rows of one length (text and one image), in float32, in a process of its own.
+Measured is the peak of the resident set (read every 2 ms; allocated device memory on a GPU) less what the process held
+when training began, with every weight touched. The allocator gives memory back at once (MALLOC_MMAP_THRESHOLD_), so
+that what is resident is what is in use. Planned is ernie_align.planning.memory for the same recipe, rows and device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+STEPS = 3
+SIZES = {"tiny": (16, 224, 350), "mini": (4, 224, 120)}  # rows, pixels of an image's side, words of a question
+BOTH_POOLS = {"scopes": ["attention", "text_experts", "vision_experts"], "rank": 16, "alpha": 32}
+CASES: dict[str, dict[str, Any]] = {
+    "sft": {"stage": "sft"},
+    "sft, checkpointing": {"stage": "sft", "checkpointing": True},
+    "lora on attention": {"stage": "lora", "adapter": {"scopes": ["attention"], "rank": 16, "alpha": 32}},
+    "lora on both pools": {"stage": "lora", "adapter": BOTH_POOLS},
+    "lora on both pools, checkpointing": {"stage": "lora", "adapter": BOTH_POOLS, "checkpointing": True},
+    "dpo, adapter": {"stage": "dpo", "adapter": BOTH_POOLS},
+    "dpo, weights": {"stage": "dpo", "tune": {"scopes": "all"}},
+    "upo, adapter": {"stage": "upo", "adapter": BOTH_POOLS},
+}
+
+
+def recipe_of(case: dict[str, Any], folder: Path, run: Path, rows: int) -> dict[str, Any]:
+    """The case as a recipe."""
+    stage = case["stage"]
+    recipe: dict[str, Any] = {
+        "stage": stage,
+        "model": {"name": str(folder / "model"), "dtype": "float32"},
+        "data": {"train": [{"path": str(folder / f"{'pairs' if stage == 'dpo' else 'rows'}.jsonl")}]},
+        "training": {
+            "max_steps": STEPS,
+            "per_device_train_batch_size": rows // 2 if stage == "dpo" else rows,
+            "gradient_checkpointing": case.get("checkpointing", False),
+            "learning_rate": 1e-4,
+            "save_strategy": "no",
+            "report_to": "none",
+        },
+        "run": {"dir": str(run)},
+        **{key: case[key] for key in ("adapter", "tune") if key in case},
+    }
+    if stage == "upo":
+        recipe["rewards"] = [{"name": "contains", "text": "e", "weight": 1.0}]
+        keep = {"always_right": False, "always_wrong": False, "refills": 0}
+        recipe["upo"] = {"num_generations": 2, "max_completion_length": 32, "filter": keep}
+    return recipe
+
+
+def make(folder: Path, preset: str) -> None:
+    """The model, and rows that are all of one length."""
+    from PIL import Image
+
+    from ernie_align.tiny import make_checkpoint
+
+    make_checkpoint("vl_moe", folder / "model", preset=preset)
+    rows, side, words = SIZES[preset]
+    question = [{"type": "image"}, {"type": "text", "text": " ".join(["seven"] * words)}]
+    turns, pairs = [], []
+    for number in range(rows * STEPS):
+        name = f"{number}.png"
+        Image.new("RGB", (side, side), (number, 128, 255 - number)).save(folder / name)
+        prompt = [{"role": "user", "content": question}]
+        answers = [[{"role": "assistant", "content": text}] for text in ("nine", "four")]
+        turns.append({"messages": prompt + answers[0], "images": [name]})
+        pairs.append({"prompt": prompt, "chosen": answers[0], "rejected": answers[1], "images": [name]})
+    for name, kept in (("rows", turns), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+def planned(recipe: Any) -> dict[str, float]:
+    """Bytes by part, for rows of the length that they have."""
+    import torch
+
+    from ernie_align.models.anatomy import Anatomy
+    from ernie_align.models.files import CheckpointFiles
+    from ernie_align.planning.memory import memory
+    from ernie_align.planning.setting import Setting
+    from ernie_align.planning.shape import Shape
+    from ernie_align.runs import sample_data, set_up
+
+    setup = set_up(recipe)
+    example, _ = sample_data(setup, 1)
+    ids = example["input_ids"] if "input_ids" in example else example["prompt_ids"] + example["chosen_ids"]
+    config = CheckpointFiles(recipe.model.name).read_json("config.json")
+    anatomy = Anatomy.from_config(config)
+    images = example["vision_tokens"] / (2 if recipe.stage == "dpo" and example["vision_tokens"] > len(ids) / 2 else 1)
+    setting = Setting.of(recipe, anatomy, vision=0.0)
+    length = len(ids) + setting.completion
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    setting = replace(setting, tokens=length, vision=min(images, len(ids)) / length, device=device)
+    found = memory(setting, anatomy, Shape.of(anatomy, config))
+    return {**found.parts(), "over_loaded": found.peak - found.loaded, "tokens": length, "vision": setting.vision}
+
+
+def measured(recipe: Any) -> float:
+    """Bytes over the loaded model, at the worst moment of a run in this process."""
+    import resource
+
+    import torch
+    from rich.console import Console
+    from transformers import TrainerCallback
+
+    from ernie_align.report.console import Terminal, hush
+    from ernie_align.runs import run
+
+    held: list[int] = []
+    ended = threading.Event()
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def watch() -> None:
+        while not ended.wait(0.002):
+            held.append(resident())
+
+    class Meter(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            with torch.no_grad():
+                for parameter in model.parameters():  # a file that is mapped is resident once it is read
+                    parameter.sum()
+            held.append(resident())
+            if torch.cuda.is_available():
+                held[:] = [torch.cuda.memory_allocated()]
+                torch.cuda.reset_peak_memory_stats()
+            else:
+                threading.Thread(target=watch, daemon=True).start()
+
+        def on_train_end(self, args, state, control, **kwargs):
+            ended.set()
+
+    class Quiet(Terminal):
+        def progress(self):
+            return [Meter()]
+
+    hush()
+    run(recipe, reporter=Quiet(Console(quiet=True)))
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else max(held)
+    return float(peak - held[0])
+
+
+def one(case: str, folder: Path, preset: str) -> dict[str, Any]:
+    """A case, planned and measured, in this process."""
+    from ernie_align.runs import load_recipe
+
+    with tempfile.TemporaryDirectory(dir=folder) as run:
+        recipe = load_recipe(recipe_of(CASES[case], folder, Path(run) / "run", SIZES[preset][0]))
+        expected = planned(recipe)
+        return {"case": case, "planned": expected, "measured": measured(recipe)}
+
+
+def main() -> None:
+    """Every case in a process of its own, and a table."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--preset", choices=list(SIZES), action="append", help="both, if left out")
+    arguments.add_argument("--case", choices=list(CASES), action="append", help="all, if left out")
+    arguments.add_argument("--out", type=Path, help="write the figures here, as JSON")
+    arguments.add_argument("--one", nargs=3, metavar=("CASE", "FOLDER", "PRESET"), help=argparse.SUPPRESS)
+    given = arguments.parse_args()
+    if given.one:
+        case, folder, preset = given.one
+        print(json.dumps(one(case, Path(folder), preset)))
+        return
+    results = []
+    print("| model | case | tokens | planned GB | measured GB | off |\n|---|---|---|---|---|---|")
+    for preset in given.preset or list(SIZES):
+        with tempfile.TemporaryDirectory() as name:
+            make(Path(name), preset)
+            for case in given.case or list(CASES):
+                command = [sys.executable, "-m", "benchmarks.plan", "--one", case, name, preset]
+                frugal = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+                done = subprocess.run(command, capture_output=True, text=True, env=frugal)
+                if done.returncode:
+                    sys.exit(done.stderr)
+                figure = {"preset": preset, **json.loads(done.stdout.splitlines()[-1])}
+                results.append(figure)
+                plan, found = figure["planned"]["over_loaded"], figure["measured"]
+                print(
+                    f"| {preset} | {case} | {figure['planned']['tokens']} | {plan / 1e9:.3f} | {found / 1e9:.3f} | "
+                    f"{plan / found - 1:+.1%} |",
+                    flush=True,
+                )
+    if given.out is not None:
+        machine = f"{platform.machine()}, {os.cpu_count()} cores"
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(json.dumps({"machine": machine, "dtype": "float32", "cases": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
