@@ -70,7 +70,7 @@ def _batch(setting: Setting) -> Iterator[tuple[str, Setting]]:
 
 
 def _rollout(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    if setting.drawn > setting.rows:
+    if setting.drawn > setting.rows and setting.rows % setting.generations == 0:
         yield "training.steps_per_generation=1", replace(setting, drawn=setting.rows)
 
 

@@ -30,8 +30,9 @@ class Setting:
     rows: sequences in a forward that learns, on each device (both sides of a pair count); tokens: of each, at most;
     vision: share of them that are image tokens; trained: sizes by part, of the adapter with LoRA; targets: adapted
     tensors; copies: of the trained adapter beside it (the reference of one that is gone on with); reference: a second
-    whole model is held; drawn: completions of a rollout on each device; experts: how LoRA on experts is computed,
-    `peft` (W + BA is built for the whole stack) or `grouped` (two thin products beside the frozen one).
+    whole model is held; drawn: completions of a rollout on each device, `generations` of each prompt; experts: how LoRA
+    on experts is computed, `peft` (W + BA is built for the whole stack) or `grouped` (two thin products beside the
+    frozen one).
     """
 
     stage: str
@@ -49,6 +50,7 @@ class Setting:
     asks_reference: bool = False
     drawn: int = 0
     completion: int = 0
+    generations: int = 1
     vision: float = 0.0
     steps: int | None = None
     gpus: int = 1
@@ -115,6 +117,7 @@ def _with_policy(setting: Setting, recipe: Any) -> Setting:
             tokens=setting.tokens + block.max_completion_length,
             completion=block.max_completion_length,
             drawn=setting.rows * per_generation,
+            generations=block.num_generations,
             asks_reference=block.needs_reference,
         )
     return replace(
