@@ -114,14 +114,15 @@ def test_the_schema_is_json():
 
 def test_help_names_every_verb():
     told = invoke("--help").output
-    assert all(verb in told for verb in ("sft", "lora", "check", "eval", "report", "generate", "tiny", "schema"))
+    verbs = ("sft", "lora", "dpo", "upo", "check", "plan", "eval", "report", "generate", "export", "tiny", "schema")
+    assert all(verb in told for verb in verbs)
 
 
 def test_the_public_names():
-    from ernie_align import evaluate, load_model, load_recipe, run
+    from ernie_align import evaluate, export, load_model, load_recipe, plan, run
 
-    assert all(callable(name) for name in (evaluate, load_model, load_recipe, run))
-    assert set(ernie_align.__all__) == {"evaluate", "load_model", "load_recipe", "run"}
+    assert all(callable(name) for name in (evaluate, export, load_model, load_recipe, plan, run))
+    assert set(ernie_align.__all__) == {"evaluate", "export", "load_model", "load_recipe", "plan", "run"}
     with pytest.raises(AttributeError):
         ernie_align.nothing  # noqa: B018
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -127,6 +128,7 @@ class _Making:
                 without = compare(before, ask(bundle, prompts.rows, thinking=thinking, continued=False))
         wanted = self._write(bundle, shard_size)
         del bundle
+        gc.collect()  # modules and hooks refer to one another, and there may be no room for a second model
         written = _load(str(self.folder), own_dtype)
         if self.what == "adapter":
             prove_loaded(written.model, self.folder)

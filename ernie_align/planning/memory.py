@@ -131,8 +131,10 @@ def _pixels(setting: Setting, shape: Shape) -> float:
 
 
 def _scored(setting: Setting) -> int:
-    """Positions that the head scores: of rollouts the completions."""
-    return setting.rows * (setting.completion or setting.tokens)
+    """Positions that the head scores: of rollouts the completions, but all of them where there is no Triton."""
+    if setting.device == "cpu" or not setting.completion:
+        return setting.positions
+    return setting.rows * setting.completion
 
 
 def _head(setting: Setting, shape: Shape) -> float:
