@@ -173,7 +173,7 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(checkpoints, tex
     data = prepare_data(setup)
     bundle = load_model(str(checkpoints["dense"]), dtype="float32")
     setup.stage.wrap(setup.recipe, bundle)
-    batches = Batches(data.train, None, data.row_name)
+    batches = Batches(data.train, None, data.row_name, setup.renderer)
     config = setup.stage.configure(setup.recipe, str(tmp_path / "run"))
     trainer = setup.stage.build_trainer(setup.recipe, config, bundle, batches, [])
     bundle.model.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
