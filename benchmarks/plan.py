@@ -103,7 +103,9 @@ def planned(recipe: Any) -> dict[str, float]:
     setting = Setting.of(recipe, anatomy, vision=0.0)
     length = len(ids) + setting.completion
     device = "gpu" if torch.cuda.is_available() else "cpu"
-    setting = replace(setting, tokens=length, vision=min(images, len(ids)) / length, device=device)
+    padded = recipe.stage == "upo"  # completions differ in length, the rows made here do not
+    vision = min(images, len(ids)) / length
+    setting = replace(setting, tokens=length, vision=vision, device=device, padded=padded)
     found = memory(setting, anatomy, Shape.of(anatomy, config))
     return {**found.parts(), "over_loaded": found.peak - found.loaded, "tokens": length, "vision": setting.vision}
 

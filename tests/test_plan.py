@@ -146,6 +146,7 @@ def test_activations_are_what_autograd_keeps(checkpoints, family, scopes, dtype)
         targets=targets,
         vision=IMAGE_TOKENS / T if family == "vl_moe" else 0.0,
         device="cpu",
+        padded=False,
     )
     found = kept(setting, Shape.of(anatomy, config)).held(checkpointing=False)
     assert found == pytest.approx(saved_by_autograd(bundle, getattr(torch, dtype)), rel=0.08)

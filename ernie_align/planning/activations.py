@@ -130,9 +130,10 @@ def _layer(setting: Setting, shape: Shape, layer: Layer, number: int, places: _P
 
 def _attention(setting: Setting, shape: Shape, number: int, places: _Places) -> float:
     s = setting.bytes_each
-    # rotated queries, their output, keys and values; a padding mask makes transformers repeat these for each query head
-    keys = shape.queries if setting.rows > 1 and setting.device == "gpu" else shape.keys
-    size = s * (2 * shape.queries + 2 * keys) + 4 * shape.heads
+    # rotated queries, their output, keys and values; under a mask transformers repeats these for each query head, and
+    # torch makes numbers of the mask (T, T) in every layer
+    keys = shape.queries if setting.masked else shape.keys
+    size = s * (2 * shape.queries + 2 * keys) + 4 * shape.heads + (s * setting.tokens if setting.masked else 0)
     if setting.eager:
         size += shape.heads * setting.tokens * (4 + s)
     if "attention" in places.whole:

@@ -30,9 +30,9 @@ class Setting:
     rows: sequences in a forward that learns, on each device (both sides of a pair count); tokens: of each, at most;
     vision: share of them that are image tokens; trained: sizes by part, of the adapter with LoRA; targets: adapted
     tensors; copies: of the trained adapter beside it (the reference of one that is gone on with); reference: a second
-    whole model is held; drawn: completions of a rollout on each device, `generations` of each prompt; experts: how LoRA
-    on experts is computed, `peft` (W + BA is built for the whole stack) or `grouped` (two thin products beside the
-    frozen one).
+    whole model is held; drawn: completions of a rollout on each device, `generations` of each prompt; padded: rows
+    differ in length; experts: how LoRA on experts is computed, `peft` (W + BA is built for the whole stack) or
+    `grouped` (two thin products beside the frozen one).
     """
 
     stage: str
@@ -57,6 +57,7 @@ class Setting:
     strategy: Strategy = "ddp"
     base_bits: int = 16
     device: Device = "gpu"
+    padded: bool = True
     experts: Literal["peft", "grouped"] = "peft"
 
     @classmethod
@@ -92,6 +93,11 @@ class Setting:
     def positions(self) -> int:
         """Tokens of a forward that learns, padding included."""
         return self.rows * self.tokens
+
+    @property
+    def masked(self) -> bool:
+        """Attention is given a mask, which rows of one length do without."""
+        return self.padded and self.rows > 1
 
     @property
     def is_adapter(self) -> bool:
