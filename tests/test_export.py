@@ -129,7 +129,8 @@ def test_an_adapter_export_is_the_adapter_in_plain_peft(checkpoints, adapters, f
     assert done.difference.worst_difference == 0.0
     bundle = load_model(str(checkpoints[family]), dtype="float32")
     bundle.model = PeftModel.from_pretrained(bundle.model, done.folder)
-    assert logits(bundle).equal(logits(load_model(adapters[family])))
+    # plain PEFT sums W + BA of experts before x is multiplied, this toolkit x·W + x·A·B: equal up to float32 rounding
+    assert torch.allclose(logits(bundle), logits(load_model(adapters[family])), atol=1e-5)
     assert "license: apache-2.0" in (done.folder / "README.md").read_text()
 
 

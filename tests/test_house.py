@@ -43,7 +43,7 @@ DOORS = {
     "typer": ("cli",),
     "rich": ("cli", "report"),
     "matplotlib": ("report",),
-    "jinja2": ("report",),
+    "jinja2": ("report", "exporting"),
     "lm_eval": ("evaluation",),
     "math_verify": ("rewards",),
     "jsonschema": ("rewards",),

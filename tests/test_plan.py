@@ -28,7 +28,7 @@ from ernie_align.planning.shape import Shape
 from ernie_align.recipe import AdapterBlock, TuneBlock
 from tests.conftest import ROOT, recipe_of
 
-REAL = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if "demo" not in path.parts)
+REAL = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if not {"demo", "eval"} & {*path.parts})
 VL_28B = str(ROOT / "recipes" / "lora" / "vl_28b.yaml")
 B, T = 2, 256
 IMAGE_TOKENS = 64 + 2  # of each row: 16 x 16 patches, a start and an end

@@ -95,7 +95,8 @@ def ask(bundle: Bundle, rows: Iterable[Row], *, thinking: bool = False, continue
         logits.append(output.logits[0].float().cpu())
     texts: dict[int, str] = {}
     if continued:
-        texts = dict(answers(bundle, renderer, rows, sampling=Sampling(NEW_TOKENS), batch_size=len(rows)))
+        batches = answers(bundle, renderer, rows, sampling=Sampling(NEW_TOKENS), batch_size=len(rows))
+        texts = {number: said.text for batch in batches for number, _, said in batch}
     return Said(logits, [texts[number] for number in sorted(texts)])
 
 

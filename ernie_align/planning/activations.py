@@ -56,7 +56,7 @@ def kept(setting: Setting, shape: Shape) -> Kept:
         layers,
         outside,
         entry=setting.positions * shape.hidden * setting.bytes_each,
-        working=_working(setting, shape, places),
+        working=_working(setting, shape),
     )
 
 
@@ -121,8 +121,6 @@ def _layer(setting: Setting, shape: Shape, layer: Layer, number: int, places: _P
     for part, pool in layer.pools.items():
         share = setting.vision if part == "vision_experts" else 1 - setting.vision
         size += setting.positions * share * _routed(setting, shape, part, pool.width, pool.experts, number, places)
-        if places.adapted(number, part) and setting.experts == "peft" and share:
-            size += 3 * pool.experts * pool.width * shape.hidden * setting.bytes_each  # W + BA of the stack
     if len(layer.pools) == 2 and setting.vision:
         size += setting.positions * (3 * shape.hidden + next(iter(layer.pools.values())).experts)  # masks, as bool
     return size
@@ -163,10 +161,10 @@ def _routed(setting: Setting, shape: Shape, part: str, width: int, experts: int,
     ranks = places.adapted(number, part)
     if router in places.whole or places.adapted(number, router):
         size += 4 * shape.hidden
-    if ranks and setting.experts == "grouped":
+    if ranks:  # models.grouped
         return size + s * (shape.hidden + k * (2 * width + sum(ranks)))
     size += k * (_ROUTED_INDICES + s * (1 + 3 * width + shape.hidden))  # gate and up, activation, output
-    if part in places.whole or ranks:
+    if part in places.whole:
         size += k * s * (width + shape.hidden)  # what the weights' gradients are made of
     return size
 
@@ -184,18 +182,15 @@ def _vision(setting: Setting, shape: Shape, tower: Tower, places: _Places) -> fl
     return size
 
 
-def _working(setting: Setting, shape: Shape, places: _Places) -> float:
+def _working(setting: Setting, shape: Shape) -> float:
     """The gradients that stand side by side in the widest step of a backward: of the routed rows, or of a SwiGLU."""
     s = setting.bytes_each
     steps = [setting.positions * s * (2 * shape.hidden + 3 * shape.queries)]
-    for number, layer in enumerate(shape.layers):
+    for layer in shape.layers:
         if layer.mlp:
             steps.append(setting.positions * s * (shape.hidden + 4 * layer.mlp))
         for part, pool in layer.pools.items():
             share = setting.vision if part == "vision_experts" else 1 - setting.vision
             rows = setting.positions * share * shape.top_k
-            step = rows * s * (2 * shape.hidden + 4 * pool.width)
-            if share and places.adapted(number, part) and setting.experts == "peft":
-                step += 3 * pool.experts * pool.width * shape.hidden * s  # the gradient of W + BA
-            steps.append(step)
+            steps.append(rows * s * (2 * shape.hidden + 4 * pool.width))
     return max(steps)

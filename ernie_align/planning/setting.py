@@ -31,8 +31,7 @@ class Setting:
     vision: share of them that are image tokens; trained: sizes by part, of the adapter with LoRA; targets: adapted
     tensors; copies: of the trained adapter beside it (the reference of one that is gone on with); reference: a second
     whole model is held; drawn: completions of a rollout on each device, `generations` of each prompt; padded: rows
-    differ in length; experts: how LoRA on experts is computed, `peft` (W + BA is built for the whole stack) or
-    `grouped` (two thin products beside the frozen one).
+    differ in length. LoRA on experts is computed by models.grouped.
     """
 
     stage: str
@@ -58,7 +57,6 @@ class Setting:
     base_bits: int = 16
     device: Device = "gpu"
     padded: bool = True
-    experts: Literal["peft", "grouped"] = "peft"
 
     @classmethod
     def of(cls, recipe: Recipe, anatomy: Anatomy, *, vision: float) -> Setting:
