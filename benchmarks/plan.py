@@ -166,6 +166,13 @@ def one(case: str, folder: Path, preset: str) -> dict[str, Any]:
         return {"case": case, "planned": expected, "measured": measured(recipe)}
 
 
+def keep(path: Path, results: list[dict[str, Any]]) -> None:
+    """The figures as JSON."""
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} threads"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine, "dtype": "float32", "cases": results}, indent=1) + "\n")
+
+
 def main() -> None:
     """Every case in a process of its own, and a table."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -197,10 +204,8 @@ def main() -> None:
                     f"{plan / found - 1:+.1%} |",
                     flush=True,
                 )
-    if given.out is not None:
-        machine = f"{platform.machine()}, {os.cpu_count()} cores"
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps({"machine": machine, "dtype": "float32", "cases": results}, indent=1) + "\n")
+                if given.out is not None:  # after each: a run that is cut off has told what it found
+                    keep(given.out, results)
 
 
 if __name__ == "__main__":
