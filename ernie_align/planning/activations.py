@@ -121,8 +121,9 @@ def _layer(setting: Setting, shape: Shape, layer: Layer, number: int, places: _P
     for part, pool in layer.pools.items():
         share = setting.vision if part == "vision_experts" else 1 - setting.vision
         size += setting.positions * share * _routed(setting, shape, part, pool.width, pool.experts, number, places)
-    if len(layer.pools) == 2 and setting.vision:
-        size += setting.positions * (3 * shape.hidden + next(iter(layer.pools.values())).experts)  # masks, as bool
+        if share:  # the adapters' factors as the kernel wants them: of each weight, r values in and r out for an expert
+            ranks = sum(places.adapted(number, part))
+            size += pool.experts * ranks * (shape.hidden + 1.5 * pool.width) * setting.bytes_each
     return size
 
 
