@@ -193,7 +193,9 @@ def test_what_the_judge_is_shown(endpoint):
 def test_images_go_along_when_asked(endpoint):
     there = endpoint((200, "Score: 4"))
     picture = Image.new("RGB", (2, 2))
-    ask(judge_at(there, images=True), "seven", images=[[picture]])
+    judge = judge_at(there, images=True)
+    assert "images" in judge.columns, "who calls it, in training or in an evaluation, hands over what it reads"
+    ask(judge, "seven", images=[[picture]])
     part, text = there.requests[0]["messages"][1]["content"]
     assert part["image_url"]["url"].startswith("data:image/png;base64,iVBOR") and text["type"] == "text"
 

@@ -66,7 +66,7 @@ class PromptEncoder:
             if not prompt or prompt[-1]["role"] == "assistant":
                 raise RowFault("no question: nothing stands before the answer", "give the row a prompt")
             row = Row(messages=prompt, images=row.images, tools=row.tools, thinking=row.thinking)
-        self._check(columns, has_images=bool(row.images))
+        self._check(columns)
         example, cut = self.renderer.prompt(row), False
         while len(example.input_ids) > self.max_length:
             shorter = without_oldest_exchange(row.messages) if self.cut else None
@@ -86,12 +86,12 @@ class PromptEncoder:
             }
         ]
 
-    def _check(self, columns: Mapping[str, Any], *, has_images: bool) -> None:
+    def _check(self, columns: Mapping[str, Any]) -> None:
         has = f"the row has {', '.join(columns) or 'no columns of its own'}"
         if self.domain_column is not None and not isinstance(columns.get(self.domain_column), str):
             raise RowFault(f"no text in column {self.domain_column}, which upo.domain_column names", has)
         wanted = self.judged_by
-        given = {name for name, value in columns.items() if value is not None} | ({"images"} if has_images else set())
+        given = {"images", *(name for name, value in columns.items() if value is not None)}  # of a row without: none
         if wanted and not any(given.issuperset(names) for names in wanted.values()):
             reads = "; ".join(f"{reward} reads {', '.join(names)}" for reward, names in wanted.items())
             raise RowFault(f"no reward can judge it: {reads}", has)

@@ -43,6 +43,8 @@ def judge(block: JudgeReward, *, cache: Path | None) -> Scorer:
         raise RecipeError.at(block.where("api_key_env"), what, fix=f"export {block.api_key_env}=...")
     asking = Judge(block, Verdicts(cache))
     columns = (block.reference_column,) if block.reference_column else ()
+    if block.images:
+        columns += ("images",)
     return Scorer(asking.score, columns, place_of(Judge.score), lambda: asking.counts)
 
 
