@@ -529,3 +529,14 @@ def test_a_reward_may_log_as_it_does_under_trl(checkpoints, text_prompts, tmp_pa
     table = load_dataset("parquet", data_files=str(tmp_path / "run/completions/*.parquet"), split="train")
     assert table["extra/size"] == table["reward"] == [len(text) for text in table["completion"]]
     assert logged(tmp_path / "run", "longest") == [max(table["extra/size"])]
+
+
+def test_rewards_are_named_as_logs_name_them(checkpoints, text_prompts, tmp_path):
+    """The second of a name without a label is name_2, for pairs_by and filter.by too."""
+    recipe = upo_recipe(checkpoints, "dense", text_prompts, tmp_path / "run", upo={"pairs_by": "contains_2"})
+    recipe["rewards"] = [{"name": "contains", "text": letter} for letter in "ea"]
+    trainer = trainer_of(recipe)
+    assert [reward.name for reward in trainer.rewards] == ["contains", "contains_2"]
+    trainer._prepare_inputs(first_batch(trainer))
+    with pytest.raises(RecipeError, match="no reward is called contains_3"):
+        load_recipe({**recipe, "upo": {**recipe["upo"], "pairs_by": "contains_3"}})

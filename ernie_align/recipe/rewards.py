@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, Union
 
@@ -304,6 +304,16 @@ class ChecklistReward(_Reward):
 
 
 REWARDS = {**CRITERIA, "checklist": ChecklistReward}
+
+
+def reward_names(blocks: Sequence[Any]) -> list[str]:
+    """What logs and other keys call each reward: its label, or its name; the second without a label is name_2."""
+    names: list[str] = []
+    for block in blocks:
+        own = block.label or block.name.rpartition(":")[2]
+        numbered = (own if number == 1 else f"{own}_{number}" for number in range(1, len(names) + 2))
+        names.append(next(name for name in numbered if name not in names))
+    return names
 
 
 def named_block(value: Any, blocks: Mapping[str, type[Block]], *, kind: str = "reward") -> Block:

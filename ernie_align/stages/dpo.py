@@ -12,7 +12,7 @@ from ernie_align.data.pairs import PairCollator, PairEncoder
 from ernie_align.recipe import Block
 from ernie_align.recipe.schema import fault
 from ernie_align.stages.base import OWNED_BY_EVERY_STAGE, Batches, Stage, trl_config
-from ernie_align.stages.policy import PolicyRecipe, frozen_model, reference_fingerprint, scope, wrap
+from ernie_align.stages.policy import PolicyRecipe, frozen_model, scope, stored_reference, wrap
 from ernie_align.stages.upstream import DPO_CONFIG, training_model
 
 if TYPE_CHECKING:
@@ -209,15 +209,11 @@ def _build_trainer(
     callbacks: list[TrainerCallback],
 ) -> Trainer:
     from ernie_align.stages.dpo_trainer import PreferenceTrainer
-    from ernie_align.stages.reference import ReferenceLogps
 
     block = recipe.dpo
     stored = None
     if block.reference == "precomputed" and not block.reference_free:
-        fingerprint = f"{reference_fingerprint(recipe, bundle)} ld_alpha {block.ld_alpha}"
-        # a policy that goes on from a checkpoint of full fine-tuning is no longer its own reference
-        is_reference = recipe.adapter is not None or bundle.weights is None
-        stored = ReferenceLogps(Path(config.output_dir) / "reference", fingerprint, can_compute=is_reference)
+        stored = stored_reference(recipe, bundle, Path(config.output_dir), depends_on=f"ld_alpha {block.ld_alpha}")
     return PreferenceTrainer(
         model=bundle.model,
         ref_model=frozen_model(recipe) if _has_own_reference(recipe) else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ernie_align.models.anatomy import Anatomy, Tensor
     from ernie_align.models.load import Bundle
     from ernie_align.models.scopes import Target
+    from ernie_align.stages.reference import ReferenceLogps
 
 
 class PolicyRecipe(Recipe):
@@ -71,7 +73,15 @@ def frozen_model(recipe: PolicyRecipe) -> nn.Module:
     return reference.model.requires_grad_(False)
 
 
-def reference_fingerprint(recipe: PolicyRecipe, bundle: Bundle) -> str:
-    """Of the weights that are the reference."""
-    adapter = recipe.adapter.path if recipe.keeps_adapter else None
-    return f"{bundle.files.fingerprint(adapter)} {recipe.model.dtype}"
+def stored_reference(recipe: PolicyRecipe, bundle: Bundle, run_dir: Path, *, depends_on: str) -> ReferenceLogps:
+    """Where the reference's log-probabilities of whole data sets are kept, each asked once.
+
+    depends_on: what they depend on beside the reference's weights and the rows.
+    """
+    from ernie_align.stages.reference import ReferenceLogps
+
+    fingerprint = bundle.files.fingerprint(recipe.adapter.path if recipe.keeps_adapter else None)
+    # a policy that goes on from a checkpoint of full fine-tuning is no longer its own reference
+    is_reference = recipe.adapter is not None or bundle.weights is None
+    model = f"{fingerprint} {recipe.model.dtype} {depends_on}"
+    return ReferenceLogps(run_dir / "reference", model, can_compute=is_reference)

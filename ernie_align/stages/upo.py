@@ -12,7 +12,7 @@ from ernie_align.data.prompts import PromptEncoder
 from ernie_align.errors import RecipeError
 from ernie_align.rewards import Reward, build, missing_columns
 from ernie_align.stages.base import Batches, Beside, Stage, trl_config
-from ernie_align.stages.policy import frozen_model, reference_fingerprint, scope, wrap
+from ernie_align.stages.policy import frozen_model, scope, stored_reference, wrap
 from ernie_align.stages.upo_check import tried
 from ernie_align.stages.upo_recipe import UpoRecipe
 
@@ -72,21 +72,18 @@ def _build_trainer(
     batches: Batches,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
-    from ernie_align.stages.reference import ReferenceLogps
     from ernie_align.stages.upo_pairs import OfflinePairs
     from ernie_align.stages.upo_tables import CompletionTables
     from ernie_align.stages.upo_trainer import UnifiedTrainer
 
     block = recipe.upo
     folder = Path(config.output_dir)
-    fingerprint = f"{reference_fingerprint(recipe, bundle)} temperature {block.temperature}"
-    is_reference = recipe.adapter is not None or bundle.weights is None
     pairs = partial(
         OfflinePairs,
         collate=PairCollator(
             bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor, row_name=batches.row_name
         ),
-        stored=ReferenceLogps(folder / "reference", fingerprint, can_compute=is_reference),
+        stored=stored_reference(recipe, bundle, folder, depends_on=f"temperature {block.temperature}"),
         seed=recipe.run.seed,
     )
     rewards = build(recipe.rewards, cache=folder / "judged")
@@ -105,8 +102,6 @@ def _build_trainer(
         callbacks=callbacks,
         block=block,
         rewards=rewards,
-        rewards_see_images=any("images" in reward.columns for reward in rewards)
-        or any(getattr(reward, "images", False) for reward in recipe.rewards),
         renderer=batches.renderer,
         image_processor=bundle.image_processor,
         row_name=batches.row_name,
@@ -121,9 +116,7 @@ def _refuse_unread_columns(rewards: list[Reward], rows: Dataset) -> None:
     """A column that a reward reads and no row has is a slip of the pen. Raises RecipeError."""
     columns = (json.loads(text) for text in rows["columns"])
     present = {name for row in columns for name, value in row.items() if value is not None}
-    if any(rows["media"]):
-        present.add("images")
-    faults = missing_columns(rewards, present)
+    faults = missing_columns(rewards, {"images", *present})
     if faults:
         raise RecipeError(*faults)
 

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, Field, model_validator
 
 from ernie_align.recipe import Block, SourceBlock
-from ernie_align.recipe.rewards import RewardBlock
+from ernie_align.recipe.rewards import RewardBlock, reward_names
 from ernie_align.recipe.schema import fault
 from ernie_align.stages.base import OWNED_BY_EVERY_STAGE
 from ernie_align.stages.policy import PolicyRecipe
@@ -192,7 +192,7 @@ class UpoRecipe(PolicyRecipe):
 
     @model_validator(mode="after")
     def _named_rewards_exist(self) -> UpoRecipe:
-        names = [block.label or block.name.rpartition(":")[2] for block in self.rewards]
+        names = reward_names(self.rewards)
         for key, name in (("pairs_by", self.upo.pairs_by), ("filter", self.upo.filter.by)):
             if name is not None and name not in names:
                 raise fault("upo", f"{key}: no reward is called {name}", fix=f"choose from {', '.join(names)}")

@@ -33,8 +33,7 @@ from ernie_align.stages.upo_tables import CompletionTables, figures_of, table_of
 class RolloutTrainer(WatchedTrainer):
     """Draws completions, has them judged, and deals them to batches.
 
-    block: the recipe's; rewards: in its order; rewards_see_images: they are handed the column `images`; tables: where
-    completions are kept. Other arguments are WatchedTrainer's.
+    block: the recipe's; rewards: in its order; tables: where completions are kept. Other arguments as WatchedTrainer.
     """
 
     def __init__(
@@ -42,7 +41,6 @@ class RolloutTrainer(WatchedTrainer):
         *args: Any,
         block: UpoBlock,
         rewards: list[Reward],
-        rewards_see_images: bool,
         image_processor: Any,
         tables: CompletionTables,
         **kwargs: Any,
@@ -50,7 +48,6 @@ class RolloutTrainer(WatchedTrainer):
         super().__init__(*args, reward_funcs=list(rewards), **kwargs)
         self.block = block
         self.rewards = rewards
-        self.rewards_see_images = rewards_see_images
         self.image_processor = image_processor
         self.tables = tables
         names = [reward.name for reward in rewards]
@@ -143,7 +140,10 @@ class RolloutTrainer(WatchedTrainer):
             fields["mm_token_type_ids"] = [
                 mm_token_type_ids(torch.tensor(ids), self.modality).tolist() for ids in prompts
             ]
-        images = [self._pil(examples[place]) for place in rows] if self.use_vllm and fields else None
+        images = None
+        if self.use_vllm and "pixel_values" in fields:  # vLLM makes pixels of its own
+            shown = [self._pil(example) or None for example in examples]
+            images = [shown[place] for place in rows]
         base = self.accelerator.unwrap_model(self.model)
         base = base.get_base_model() if hasattr(base, "peft_config") else base
         with (
@@ -205,7 +205,7 @@ class RolloutTrainer(WatchedTrainer):
 
     def _images(self, rows: Sequence[tuple[Group, int]]) -> dict[str, list[list[Any]]]:
         """Column `images` for rewards that look at them: PIL images, each decoded once."""
-        if not self.rewards_see_images:
+        if not any("images" in reward.columns for reward in self.rewards):
             return {}
         loaded = {group: self._pil(group.example) for group in {group for group, _ in rows}}
         return {"images": [loaded[group] for group, _ in rows]}
@@ -271,7 +271,6 @@ class RolloutTrainer(WatchedTrainer):
         totals = self.accelerator.reduce(torch.stack([tokens, tokens.new_tensor(pairs)]), reduction="sum")
         for batch in batches:
             batch["num_items_in_batch"], batch["pairs_of_rollout"] = totals
-            batch["weighted_advantages"] = self.block.policy_weight * batch["advantages"]
         return batches
 
     # -- what one sees ------------------------------------------------------------------------------------------

@@ -40,7 +40,9 @@ class UnifiedTrainer(RolloutTrainer):
         training = self.model.training
         metrics = self._metrics["train" if training else "eval"]
         self.watch.rows += inputs["rows"]
-        loss = super()._compute_loss(model, {**inputs, "advantages": inputs["weighted_advantages"]})
+        # each of TRL's policy losses is linear in the advantages
+        weighted = self.block.policy_weight * inputs["advantages"]
+        loss = super()._compute_loss(model, {**inputs, "advantages": weighted})
         logps = self._latest_logps
         mask = inputs["completion_mask"]
         old = inputs.get("old_per_token_logps", logps).detach()
