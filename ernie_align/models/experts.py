@@ -95,6 +95,8 @@ def _obstacle(experts: nn.Module) -> str | None:
     kernel, device = experts.config._experts_implementation, weights[0].device
     if kernel not in _KERNELS:
         return f"the experts' kernel is {kernel}, not one of {', '.join(_KERNELS)}"
+    if experts.config.hidden_act != "silu":
+        return f"the experts' activation is {experts.config.hidden_act}, not silu"
     if experts._is_expert_parallel:
         return "the experts are spread over processes"
     if any(type(weight) is not nn.Parameter or not weight.is_floating_point() for weight in weights):

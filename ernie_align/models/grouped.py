@@ -2,8 +2,8 @@
 
 A row is a pair of a token and one of its experts; rows are sorted by expert, so that each expert's are one stretch.
 Every product is `y = x·Wᵀ + (x·Aᵀ)·B` (LoRA: Hu et al. 2021, arXiv:2106.09685, equation 3), expert by expert, with the
-scaling in A. Neither W + BA nor a gradient of its size is ever built. The forward pass repeats transformers'
-`grouped_mm` kernel operation for operation, so that an update of zero changes no bit.
+scaling in A. Neither W + BA nor a gradient of its size is ever built. Products and sums are made as in transformers'
+`grouped_mm` kernel, so that an update of zero changes no bit.
 
 The backward pass is written out for the memory and time it saves. One activation, the up-projection, and the (S, r)
 inner products are kept; the rest is gathered or activated again. Sums over a token's experts are reshapes both ways,
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import grouped_mm
+from torch.nn.functional import grouped_mm, silu
 
 
 class LowRank(NamedTuple):
@@ -83,7 +83,7 @@ class _LowRankExperts(torch.autograd.Function):
         activated = experts._apply_gate(gate_up)
         y, down_inner = _product(activated, experts.down_proj, down_a, down_b, rows.ends)
         del activated
-        weighted = y * _of_rows(top_k_weights, rows)
+        weighted = y.mul_(_of_rows(top_k_weights, rows))
         ctx.experts, ctx.rows = experts, rows
         factors = (gate_up_a, gate_up_b, down_a, down_b)
         ctx.save_for_backward(hidden, top_k_weights, gate_up, gate_up_inner, down_inner, *factors)
@@ -98,10 +98,7 @@ class _LowRankExperts(torch.autograd.Function):
         hidden_needs_grad, weights_need_grad = ctx.needs_input_grad[2:4]
         grad_weights = grad_hidden = None
 
-        gate_up = gate_up.detach().requires_grad_()
-        with torch.enable_grad():
-            activated = experts._apply_gate(gate_up)
-        value = activated.detach()
+        value = experts._apply_gate(gate_up)
         # A row's gradient is its token's times its routing weight w. With w left out here and multiplied into the thin
         # products instead, what comes back is the gradient of y / w, and it tells that of w too: <grad, y> =
         # <grad·W, activated>. So y need not be kept, nor the wide gradient be multiplied.
@@ -112,10 +109,10 @@ class _LowRankExperts(torch.autograd.Function):
         )
         del grad_y
         if weights_need_grad:
-            of_pairs = (grad_value * value).sum(dim=-1).index_select(0, rows.row)
+            of_pairs = torch.linalg.vecdot(grad_value, value).index_select(0, rows.row)
             grad_weights = of_pairs.view_as(top_k_weights).to(top_k_weights.dtype)
-        (grad_gate_up,) = torch.autograd.grad(activated, gate_up, grad_value.mul_(w))
-        del activated, value, grad_value, gate_up
+        grad_gate_up = _gate_gradient(gate_up, grad_value.mul_(w))
+        del value, grad_value, gate_up
 
         x = None if gate_up_a is None else hidden.index_select(0, rows.token).to(grad_gate_up.dtype)
         grad_x, grad_gate_up_a, grad_gate_up_b = _gradients(
@@ -133,6 +130,16 @@ class _LowRankExperts(torch.autograd.Function):
         return None, None, grad_hidden, grad_weights, grad_gate_up_a, grad_gate_up_b, grad_down_a, grad_down_b
 
 
+def _gate_gradient(gate_up: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of silu(gate)·up in [gate | up] (S, 2I), written where it belongs; grad (S, I) is used up."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    grad_gate_up = torch.empty_like(gate_up)
+    grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+    torch.mul(silu(gate), grad, out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
+    return grad_gate_up
+
+
 def _of_rows(top_k_weights: Tensor, rows: Rows) -> Tensor:
     """(N, k) routing weights -> (S, 1)."""
     return top_k_weights.reshape(-1).index_select(0, rows.pair).unsqueeze(-1)
@@ -140,20 +147,21 @@ def _of_rows(top_k_weights: Tensor, rows: Rows) -> Tensor:
 
 def _product(x: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, ends: Tensor):
     """x (S, in) -> y (S, out), and x·Aᵀ (S, r), which the backward pass needs."""
-    y = grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+    weight = weight.transpose(-2, -1)
     if a is None:
-        return y, None
+        return grouped_mm(x, weight, offs=ends), None
     inner = _inner(x, a, ends)
-    return _add_product(y, inner, b, ends), inner
+    return _both(x, weight, inner, b, ends), inner
 
 
-def _add_product(y: Tensor, inner: Tensor, factor: Tensor, ends: Tensor) -> Tensor:
-    """y (S, m) plus inner (S, r) by factor (E, r, m), in place."""
+def _both(x: Tensor, weight: Tensor, inner: Tensor, factor: Tensor, ends: Tensor) -> Tensor:
+    """x (S, n) by weight (E, n, m), plus inner (S, r) by factor (E, r, m) -> (S, m)."""
+    y = grouped_mm(inner, factor, offs=ends)
     if y.device.type != "cpu":
-        return y.add_(grouped_mm(inner, factor, offs=ends))
+        return y.add_(grouped_mm(x, weight, offs=ends))
     sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
-    for rows, thin, own in zip(y.split(sizes), inner.split(sizes), factor.unbind(), strict=True):
-        rows.addmm_(thin, own)  # one pass over y, where a product of its own makes three
+    for rows, wide, own in zip(y.split(sizes), x.split(sizes), weight.unbind(), strict=True):
+        rows.addmm_(wide, own)  # the sum is made before it is rounded, and y is passed once
     return y
 
 
@@ -170,12 +178,10 @@ def _gradients(grad_y, x, weight, inner, a, b, ends, *, row_weights=None, need_x
 
     row_weights (S, 1): multiply grad_y, for a and b alone.
     """
-    grad_x = grouped_mm(grad_y, weight, offs=ends) if need_x else None
     if a is None:
-        return grad_x, None, None
+        return grouped_mm(grad_y, weight, offs=ends) if need_x else None, None, None
     grad_inner = _inner(grad_y, b, ends)
-    if need_x:
-        _add_product(grad_x, grad_inner, a, ends)
+    grad_x = _both(grad_y, weight, grad_inner, a, ends) if need_x else None
     if row_weights is not None:
         grad_inner, inner = grad_inner * row_weights, inner * row_weights
     grad_a = grouped_mm(grad_inner.t(), x, offs=ends)
