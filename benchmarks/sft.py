@@ -1,6 +1,6 @@
 """A whole step of the stage `lora` against the same step of the stock stack, on the same model, rows and seed.
 
-    python -m benchmarks.sft [--preset mini] [--repetitions 7] [--batch 4]
+    python -m benchmarks.sft [--preset mini] [--repetitions 7] [--batch 20]
 
 ours: this toolkit's run, LoRA on attention and both pools; attention: the same on attention alone; stock: transformers,
 PEFT and TRL's SFTTrainer as they come, on the same encoded rows, with one thing mended so that it runs at all: the
@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="mini", choices=["tiny", "mini"])
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=4, help="rows of a step")
+    parser.add_argument("--batch", type=int, default=20, help="rows of a step")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -181,7 +181,7 @@ def main() -> None:
         times = f"{figure['seconds']:.2f} | {show(figure['stock_over_it'])} | {show(figure['times_attention'])}"
         print(f"| {arm} | {times} | {figure['tokens_per_second']:.0f} | {figure['peak_bytes'] / 1e9:.2f} |")
     settings = {key: getattr(given, key) for key in ("preset", "repetitions", "batch", "checkpointing")}
-    name = f"sft-{given.preset}" + ("-checkpointing" if given.checkpointing else "")
+    name = f"sft-{given.preset}-{given.batch}" + ("-checkpointing" if given.checkpointing else "")
     keep(name, {**settings, "tokens_per_step": tokens, "saved_over_experts": saved, "arms": figures})
 
 
