@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_align.data import media, preferences
+from ernie_align.data.media import Reach
 from ernie_align.data.messages import (
     answer,
     column_list,
@@ -30,7 +31,7 @@ def detect(row: Mapping[str, Any]) -> str:
     raise RowFault(f"no known format has the columns {', '.join(row)}", f"the formats and their columns: {known}")
 
 
-def canonical(row: Mapping[str, Any], format: str, root: Path | None = None) -> Row:
+def canonical(row: Mapping[str, Any], format: str, root: Path | Reach | None = None) -> Row:
     """A row in `format` -> a canonical row. root: the folder that image paths start at.
 
     Raises RowFault where the row is not in that format, or where image parts and images do not match.
@@ -54,12 +55,12 @@ def _missing(row: Mapping[str, Any], keys: tuple[str, ...]) -> list[str]:
     return [key for key in keys if all(row.get(name) is None for name in key.split("|"))]
 
 
-def _messages(row: Mapping[str, Any], root: Path | None) -> Row:
+def _messages(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
     messages, images = take_images(row["messages"], root)
     return Row(messages=messages, images=images)
 
 
-def _prompt_completion(row: Mapping[str, Any], root: Path | None) -> Row:
+def _prompt_completion(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return Row(plain=(prompt, completion))
@@ -72,7 +73,7 @@ def _prompt_completion(row: Mapping[str, Any], root: Path | None) -> Row:
     return Row(messages=messages, images=images)
 
 
-def _prompt(row: Mapping[str, Any], root: Path | None) -> Row:
+def _prompt(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
     """TRL's prompt-only type."""
     if isinstance(row["prompt"], str):
         return Row(plain=(row["prompt"], ""))
@@ -80,11 +81,11 @@ def _prompt(row: Mapping[str, Any], root: Path | None) -> Row:
     return Row(messages=messages, images=images)
 
 
-def _sharegpt(row: Mapping[str, Any], root: Path | None) -> Row:
+def _sharegpt(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
     return Row(messages=[*system_message(row), *map(sharegpt_message, row["conversations"])])
 
 
-def _alpaca(row: Mapping[str, Any], root: Path | None) -> Row:
+def _alpaca(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
     messages = system_message(row)
     for pair in row.get("history") or []:
         if len(pair) != 2:
@@ -94,7 +95,7 @@ def _alpaca(row: Mapping[str, Any], root: Path | None) -> Row:
     return Row(messages=[*messages, {"role": "user", "content": question}, answer(row["output"])])
 
 
-def _erniekit(row: Mapping[str, Any], root: Path | None) -> Row:
+def _erniekit(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
     questions, answers = ([row[key]] if isinstance(row[key], str) else list(row[key]) for key in ("src", "tgt"))
     labels = row.get("label") or [1] * len(answers)
     if not len(questions) == len(answers) == len(labels):
@@ -106,7 +107,7 @@ def _erniekit(row: Mapping[str, Any], root: Path | None) -> Row:
     return Row(messages=messages)
 
 
-def _erniekit_vl(row: Mapping[str, Any], root: Path | None) -> Row:
+def _erniekit_vl(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
     if row.get("video_info"):
         raise RowFault("video_info: videos are not trained on yet", "drop the row, or give frames as images")
     before: dict[int, list[Any]] = {}
@@ -141,7 +142,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "erniekit_vl": ("text_info",),
     "prompt": ("prompt",),
 }
-_CONVERTERS: dict[str, Callable[[Mapping[str, Any], Path | None], Row]] = {
+_CONVERTERS: dict[str, Callable[[Mapping[str, Any], Path | Reach | None], Row]] = {
     **preferences.CONVERTERS,
     "messages": _messages,
     "prompt_completion": _prompt_completion,

@@ -189,7 +189,7 @@ class _Verdict(NamedTuple):
 
 def _judge(source: Source, values: dict[str, Any], encode: Encoder) -> _Verdict:
     try:
-        row = source.row(values)
+        row = source.row(source.read(values))
         examples = encode(row)
         for image in row.images:  # a broken image is found now, not an hour into the run
             media.load(image)
@@ -243,9 +243,9 @@ def _stream(source: Source, encode: Encoder, number: int, count: SourceCount) ->
         for index, values in enumerate(source.rows):
             verdict = _judge(source, values, encode)
             if verdict.fault is not None:
-                raise DataError.at(source.row_name(index), verdict.fault, fix=verdict.fix or "")
+                raise DataError.at(source.row_name(index, values), verdict.fault, fix=verdict.fix or "")
             if verdict.dropped is not None:
-                count.drop(verdict.dropped, partial(source.row_name, index))
+                count.drop(verdict.dropped, partial(source.row_name, index, values))
                 continue
             count.keep(verdict.examples)
             for example in verdict.examples:

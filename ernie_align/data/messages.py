@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_align.data import media
+from ernie_align.data.media import Reach
 from ernie_align.data.row import Message, Row, RowFault, images_in
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -59,7 +60,7 @@ def sharegpt_message(turn: Mapping[str, Any]) -> Message:
     return message
 
 
-def take_images(messages: list[Message], root: Path | None) -> tuple[list[Message], list[dict[str, Any]]]:
+def take_images(messages: list[Message], root: Path | Reach | None) -> tuple[list[Message], list[dict[str, Any]]]:
     """Image parts that carry their image -> bare parts and the images. Bare ones are filled from the images column."""
     images: list[dict[str, Any]] = []
     bare, result = 0, []

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ernie_align.data.media import Reach
 from ernie_align.data.messages import answer, normal_message, sharegpt_message, system_message, take_images
 from ernie_align.data.row import Ending, Message, Row, RowFault
 
@@ -20,7 +21,7 @@ _SIDES = ("chosen", "rejected")
 _SCORES = ("overall_score", "score", "rating")  # of a completion in UltraFeedback-style rows
 
 
-def _preference(row: Mapping[str, Any], root: Path | None) -> Row:
+def _preference(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
     """TRL's: prompt, chosen and rejected, as text or messages; the prompt may be left inside both sides."""
     prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
     if all(isinstance(side, str) for side in sides):
@@ -43,13 +44,13 @@ def _preference(row: Mapping[str, Any], root: Path | None) -> Row:
     return _ranked([*_system_before(row, prompt), *prompt], [chosen, rejected], root)
 
 
-def _sharegpt(row: Mapping[str, Any], root: Path | None) -> Row:
+def _sharegpt(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
     prompt = [*system_message(row), *map(sharegpt_message, row["conversations"])]
     sides = [[sharegpt_message(turn) if "from" in turn else turn for turn in _listed(row[key])] for key in _SIDES]
     return _ranked(prompt, sides, root)
 
 
-def _alpaca(row: Mapping[str, Any], root: Path | None) -> Row:
+def _alpaca(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
     prompt: list[Message] = system_message(row)
     for question, reply in row.get("history") or []:
         prompt += [{"role": "user", "content": question}, answer(reply)]
@@ -59,7 +60,7 @@ def _alpaca(row: Mapping[str, Any], root: Path | None) -> Row:
     return _ranked([*prompt, {"role": "user", "content": question}], sides, root)
 
 
-def _erniekit(row: Mapping[str, Any], root: Path | None) -> Row:
+def _erniekit(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
     questions = [row["src"]] if isinstance(row["src"], str) else list(row["src"])
     replies = [row["tgt"]] if isinstance(row.get("tgt"), str) else list(row.get("tgt") or [])
     responses, ranks = row["response"], row["sort"]
@@ -74,7 +75,7 @@ def _erniekit(row: Mapping[str, Any], root: Path | None) -> Row:
     return _ranked(prompt, sides, root, ranks)
 
 
-def _ultrafeedback(row: Mapping[str, Any], root: Path | None) -> Row:
+def _ultrafeedback(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
     sides, ranks = [], []
     for completion in row["completions"]:
         text = completion.get("response", completion.get("text"))
@@ -86,7 +87,7 @@ def _ultrafeedback(row: Mapping[str, Any], root: Path | None) -> Row:
     return _ranked([*system_message(row), {"role": "user", "content": row["instruction"]}], sides, root, ranks)
 
 
-CONVERTERS: dict[str, Callable[[Mapping[str, Any], Path | None], Row]] = {
+CONVERTERS: dict[str, Callable[[Mapping[str, Any], Path | Reach | None], Row]] = {
     "sharegpt_preference": _sharegpt,
     "alpaca_preference": _alpaca,
     "preference": _preference,
@@ -95,7 +96,7 @@ CONVERTERS: dict[str, Callable[[Mapping[str, Any], Path | None], Row]] = {
 }
 
 
-def _ranked(prompt: list[Message], sides: list[list[Any]], root: Path | None, ranks: Any = (1, 0)) -> Row:
+def _ranked(prompt: list[Message], sides: list[list[Any]], root: Path | Reach | None, ranks: Any = (1, 0)) -> Row:
     messages, images = take_images(prompt, root)
     try:
         scores = [float(rank) for rank in ranks]

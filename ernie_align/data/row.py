@@ -9,11 +9,14 @@ Message = dict[str, Any]
 
 
 class RowFault(ValueError):
-    """A row cannot be used as it is. what: the fault; fix: the next move. Who reads the source adds file and row."""
+    """A row cannot be used as it is. Who reads the source adds file and row.
 
-    def __init__(self, what: str, fix: str = ""):
+    what: the fault; fix: the next move; kind: what such faults are counted as, where `what` names a value of the row.
+    """
+
+    def __init__(self, what: str, fix: str = "", *, kind: str = ""):
         super().__init__(what, fix)
-        self.what, self.fix = what, fix
+        self.what, self.fix, self.kind = what, fix, kind or what
 
 
 class RowDropped(ValueError):

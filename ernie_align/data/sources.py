@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import glob
-import json
-from array import array
 from collections.abc import Iterator
-from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ernie_align.data import json_rows
 from ernie_align.data.formats import canonical, detect
+from ernie_align.data.media import Reach
 from ernie_align.data.row import Row, RowFault
 from ernie_align.errors import DataError
 from ernie_align.recipe import DataBlock, SourceBlock
@@ -18,13 +18,17 @@ from ernie_align.recipe import DataBlock, SourceBlock
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+_JSON = (".json", ".jsonl")
+_LOADERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+_SUFFIXES = (*_JSON, *_LOADERS)
+_LOOKED_AT = 20  # rows, for the format
 
 
 class Source:
     """One source of the recipe: its rows, its format, and names for both.
 
-    streaming: rows are read as they are asked for; sample: only so many rows, the first ones, are wanted.
+    rows: as they stand (of JSON: their places; read() reads one); streaming: rows are read as they are asked for;
+    sample: only so many rows, the first ones, are wanted.
     """
 
     def __init__(self, block: SourceBlock, data: DataBlock, *, streaming: bool = False, sample: int | None = None):
@@ -32,70 +36,103 @@ class Source:
         self.name = block.name
         self.streaming = streaming
         if sample is not None:
-            self.rows: Any = _sample(block, min(sample, block.limit or sample))
+            block = block.model_copy(update={"limit": min(sample, block.limit or sample)})
+        where = block.where("path" if block.path else "dataset")
+        self.files = _files(block, where) if block.path is not None else []
+        self.is_json = bool(self.files) and self.files[0].endswith(_JSON)
+        if self.is_json:
+            self.rows: Any = _places(self.files, block.limit, streaming=streaming, sample=sample is not None)
         else:
-            self.rows = _open(block, streaming)
+            self.rows = _open(block, self.files, where, streaming)
         folder = Path(block.path).parent if block.path else None
-        self.root = Path(data.media_root) if data.media_root else folder
+        if folder is not None and glob.has_magic(str(folder)):  # of several folders: what they all stand in
+            folder = Path(*list(folder.parts)[: next(n for n, part in enumerate(folder.parts) if glob.has_magic(part))])
+        root = Path(data.media_root) if data.media_root is not None else folder
+        hosts = tuple(data.allow_urls) if isinstance(data.allow_urls, list) else data.allow_urls
+        self.reach = Reach(root, tuple(map(Path, data.media_folders)), hosts)
         self.format = block.format or (data.format if data.format != "auto" else self._detect())
 
     def _detect(self) -> str:
-        first = next(iter(self.rows), None)
-        if first is None:
+        """By the first row that can be read: a broken one is told where all rows are judged."""
+        fault = None
+        for number, raw in enumerate(islice(iter(self.rows), _LOOKED_AT)):
+            try:
+                return detect({key: value for key, value in self.read(raw).items() if value is not None})
+            except RowFault as found:
+                fault = fault or (number, raw, found)
+        if fault is None:
             raise DataError.at(self.block.where("path"), f"{self.name} is empty", fix="name a source with rows")
-        try:
-            return detect({key: value for key, value in first.items() if value is not None})
-        except RowFault as fault:
-            raise DataError.at(self.row_name(0), fault.what, fix=fault.fix) from None
+        number, raw, found = fault
+        raise DataError.at(self.row_name(number, raw), found.what, fix=found.fix) from None
+
+    def read(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """The values of a row as it stands in `rows`. Raises RowFault where it is broken."""
+        if not self.is_json:
+            return raw
+        place = json_rows.Place(*(raw[name] for name in json_rows.Place._fields))
+        return json_rows.read(self.files[place.file], place)
 
     def row(self, values: dict[str, Any]) -> Row:
-        """The canonical form of a row as it was read. Raises RowFault."""
+        """The canonical form of a row that was read. Raises RowFault."""
         present = {key: value for key, value in values.items() if value is not None}
-        return canonical(present, self.format, self.root)
+        return canonical(present, self.format, self.reach)
 
-    @cached_property
-    def _lines(self) -> array[int]:
-        """Line of each row of a JSONL file, counted from 1: blank lines are not rows."""
-        with Path(self.block.path).open(encoding="utf-8", errors="replace") as lines:
-            return array("q", (number for number, line in enumerate(lines, start=1) if line.strip()))
-
-    def row_name(self, number: int) -> str:
-        """Where a row stands: `file:line` for JSONL, `file row N` (counted from 0) elsewhere."""
-        path = self.block.path
-        if path and path.endswith(".jsonl") and not glob.has_magic(path):
-            return f"{path}:{self._lines[number]}"
-        return f"{self.name} row {number}"
+    def row_name(self, number: int, raw: dict[str, Any] | None = None) -> str:
+        """Where a row stands: `file:line` for JSON, `file row N` (from 0) elsewhere. raw: the row, if at hand."""
+        if not self.is_json:
+            return f"{self.name} row {number}"
+        if raw is None:
+            rows = self.rows
+            raw = rows[number] if hasattr(rows, "__getitem__") else next(islice(iter(rows), number, None))
+        return f"{self.files[raw['file']]}:{raw['line']}"
 
 
 def canonical_rows(source: Source) -> Iterator[Row]:
     """Every row of a source, in order. Raises DataError at the first that is not sound."""
-    for number, values in enumerate(source.rows):
+    for number, raw in enumerate(source.rows):
         try:
-            yield source.row(values)
+            yield source.row(source.read(raw))
         except RowFault as fault:
-            raise DataError.at(source.row_name(number), fault.what, fix=fault.fix) from None
+            raise DataError.at(source.row_name(number, raw), fault.what, fix=fault.fix) from None
 
 
-def _open(block: SourceBlock, streaming: bool) -> Dataset | IterableDataset:
+class _Stream:
+    """Places that are found anew by whoever reads them: nothing is kept."""
+
+    def __init__(self, files: list[str], limit: int | None):
+        self.files, self.limit = files, limit
+
+    def __iter__(self) -> Iterator[dict[str, int]]:
+        return (place._asdict() for place in islice(json_rows.places(self.files), self.limit))
+
+
+def _places(files: list[str], limit: int | None, *, streaming: bool, sample: bool) -> Any:
+    """A data set of places; of a sample a list, because `datasets` takes a second to import."""
+    if streaming:
+        return _Stream(files, limit)
+    if sample:
+        return list(_Stream(files, limit))
+    import numpy as np
+    from datasets import Dataset
+
+    found = json_rows.columns(islice(json_rows.places(files), limit))
+    return Dataset.from_dict({name: np.frombuffer(column, dtype="int64") for name, column in found.items()})
+
+
+def _open(block: SourceBlock, files: list[str], where: str, streaming: bool) -> Dataset | IterableDataset:
     from datasets import Image, load_dataset
     from datasets.features import List
 
-    where = block.where("path" if block.path else "dataset")
     try:
-        if block.path is not None:
-            files = _files(block, where)
+        if files:
             options = {"delimiter": "\t"} if files[0].endswith(".tsv") else {}
             rows = load_dataset(
                 _LOADERS[Path(files[0]).suffix], data_files=files, split="train", streaming=streaming, **options
             )
         else:
             rows = load_dataset(block.dataset, block.config, split=block.split, streaming=streaming)
-    except DataError:
-        raise
     except Exception as error:  # `datasets` raises many kinds for an unreadable file
-        for file in _files(block, where) if block.path else ():
-            _find_broken_json(file)
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         raise DataError.at(where, f"{block.name} cannot be read: {reason}") from error
     for name, feature in (rows.features or {}).items():  # images stay bytes until a batch needs them
         if isinstance(feature, Image):
@@ -107,61 +144,16 @@ def _open(block: SourceBlock, streaming: bool) -> Dataset | IterableDataset:
     return rows
 
 
-def _sample(block: SourceBlock, limit: int) -> Any:
-    """The first rows. Of a JSONL file they are read directly: `datasets` takes a second to import."""
-    if block.path is None or glob.has_magic(block.path) or not block.path.endswith(".jsonl"):
-        return _open(block.model_copy(update={"limit": limit}), streaming=False)
-    (file,) = _files(block, block.where("path"))
-    rows: list[dict[str, Any]] = []
-    with Path(file).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if len(rows) == limit:
-                break
-            if line.strip():
-                rows.append(_json_row(line, f"{file}:{number}"))
-    return rows
-
-
-def _json_row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError.at(where, f"not JSON: {error}", fix="mend or drop the line") from None
-    if not isinstance(row, dict):
-        raise DataError.at(where, "a row is a JSON object", fix="mend or drop the line")
-    return row
-
-
 def _files(block: SourceBlock, where: str) -> list[str]:
     files = sorted(glob.glob(block.path)) if glob.has_magic(block.path) else [block.path]
     missing = [file for file in files if not Path(file).is_file()]
     if missing or not files:
         raise DataError.at(where, f"no such file: {missing[0] if missing else block.path}", fix="check the path")
     kinds = {Path(file).suffix for file in files}
-    if len(kinds) > 1 or not kinds <= _LOADERS.keys():
+    if (len(kinds) > 1 and not kinds <= {*_JSON}) or not kinds <= {*_SUFFIXES}:
         what = f"{', '.join(sorted(kinds))} cannot be read as one source"
-        raise DataError.at(where, what, fix=f"name files of one kind: {', '.join(_LOADERS)}")
+        raise DataError.at(where, what, fix=f"name files of one kind: {', '.join(_SUFFIXES)}")
     empty = [file for file in files if Path(file).stat().st_size == 0]
     if empty:
         raise DataError.at(where, f"{empty[0]} is empty", fix="name a source with rows")
     return files
-
-
-def _find_broken_json(file: str) -> None:
-    """Raise DataError at the line that is no JSON object, if there is one: `datasets` does not say which."""
-    path = Path(file)
-    if path.suffix == ".json":
-        text = path.read_text(encoding="utf-8", errors="replace")
-        try:
-            json.loads(text)
-            return
-        except ValueError as error:
-            if text.lstrip().startswith("["):
-                at = f"{file}:{getattr(error, 'lineno', 1)}"
-                raise DataError.at(at, f"not JSON: {error}", fix="mend the file") from None
-    elif path.suffix != ".jsonl":
-        return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                _json_row(line, f"{file}:{number}")

@@ -64,13 +64,16 @@ def questions_of(block: DataSetBlock) -> Iterator[Question]:
     source_block._places.update({"path": block.where("path"), "": block.where("path")})
     form = "prompt" if block.columns else block.format
     source = Source(source_block, DataBlock(train=[source_block], format=form, media_root=block.media_root))
-    for number, values in enumerate(source.rows):
+    for number, raw in enumerate(source.rows):
         try:
+            values = source.read(raw)
             row = source.row(_laid_out(values, block.columns, block.instruction) if block.columns else values)
         except RowFault as fault:
-            raise DataError.at(source.row_name(number), fault.what, fix=fault.fix) from None
+            raise DataError.at(source.row_name(number, raw), fault.what, fix=fault.fix) from None
         kind = row.columns.get(block.kind_column)
-        yield Question(block.called, source.row_name(number), "all" if kind is None else str(kind), row, _known(row))
+        yield Question(
+            block.called, source.row_name(number, raw), "all" if kind is None else str(kind), row, _known(row)
+        )
 
 
 def _known(row: Row) -> dict[str, Any]:

@@ -264,7 +264,18 @@ class DataBlock(Block):
     train: list[SourceBlock] = Field(min_length=1)
     eval: list[SourceBlock] = Field(default_factory=list)
     format: Literal["auto"] | Format = Field("auto", description="auto finds the format of each source and names it")
-    media_root: str | None = Field(None, description="Folder of the images; otherwise the folder of the source's file")
+    media_root: str | None = Field(
+        None, description="Folder of the images, which paths may not leave; otherwise the folder of the source's file"
+    )
+    media_folders: list[str] = Field(
+        default_factory=list, description="Folders beside it whose images may be read too, such as where links lead"
+    )
+    allow_urls: Annotated[
+        Annotated[bool, Tag("switch")] | Annotated[list[str], Tag("hosts")],
+        Discriminator(lambda value: "hosts" if isinstance(value, list) else "switch"),
+    ] = Field(
+        False, description="Fetch images that rows name by URL: true from public addresses, a list from these hosts"
+    )
     max_length: int = Field(4096, ge=8, description="Tokens of a row, image tokens included")
     overlong: Literal["drop", "cut"] = Field(
         "drop",
