@@ -6,17 +6,18 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "export", "load_model", "load_recipe", "plan", "run"]
+__all__ = ["evaluate", "examine", "export", "load_model", "load_recipe", "plan", "run"]
 
 if TYPE_CHECKING:
     from ernie_align.evaluation import evaluate
     from ernie_align.exporting import export
     from ernie_align.models.load import load_model
     from ernie_align.planning import Plan
-    from ernie_align.runs import RunResult, load_recipe
+    from ernie_align.runs import RunResult, examine, load_recipe
 
 _HOMES = {
     "evaluate": "ernie_align.evaluation",
+    "examine": "ernie_align.runs",
     "export": "ernie_align.exporting",
     "load_model": "ernie_align.models.load",
     "load_recipe": "ernie_align.runs",

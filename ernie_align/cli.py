@@ -223,6 +223,47 @@ def report(
     typer.echo(f"written: {page}")
 
 
+data_app = typer.Typer(help="Look at rows.", no_args_is_help=True)
+app.add_typer(data_app, name="data", rich_help_panel="Look")
+
+
+@data_app.command()
+def doctor(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that read; one for each core if left out.")] = (
+        None
+    ),
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write everything that was found as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a page with plots.")] = None,
+) -> None:
+    """Read every row of every source of a recipe, measure and judge it. Loads no weights.
+
+    Exit code 0: training would not stop at any row; 5: it would, and every such row was found; others as everywhere.
+    """
+    import ernie_align
+    from ernie_align.report.checkup import tables
+    from ernie_align.report.console import Terminal, hush
+
+    hush()
+    terminal = Terminal()
+    checked = load_recipe(recipe, overrides=overrides or ())
+    with terminal.reading() as tick:
+        found = ernie_align.examine(checked, workers=workers, tick=tick)
+    for part in tables(found):
+        terminal.console.print(part)
+    if as_json is not None:
+        as_json.write_text(json.dumps(found.as_json(), indent=2), encoding="utf-8")
+        terminal.say(f"written: {as_json}")
+    if out is not None:
+        from ernie_align.report.page import write_checkup
+
+        write_checkup(found, out)
+        terminal.say(f"written: {out}")
+    if not found.sound:
+        raise typer.Exit(5)
+
+
 @app.command(rich_help_panel="Look")
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="A model or an adapter.")],

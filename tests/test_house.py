@@ -25,6 +25,7 @@ FLOORS = {
     "tiny": 1,
     "stages": 2,
     "evaluation": 2,
+    "doctor": 2,
     "runs": 3,
     "exporting": 3,
     "planning": 3,

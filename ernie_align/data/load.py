@@ -18,7 +18,9 @@ from ernie_align.recipe import SourceBlock
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-_SHOWN_FAULTS = 20
+    from ernie_align.data.render import Renderer
+
+NAMED_ROWS = 20  # faulty or dropped ones that are named, for each reason
 _SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled among each other
 
 
@@ -27,7 +29,11 @@ class Encoder(Protocol):
 
     Among them are those that are counted: `length`, `trained`, `vision_tokens`, `reasoning_left_out`, `cut`
     and `media`.
+    max_length: tokens beyond which a row is dropped or cut; renderer: what it renders by.
     """
+
+    max_length: int
+    renderer: Renderer
 
     def features(self) -> dict[str, Any]:
         """Name of each column -> its `datasets` feature."""
@@ -79,7 +85,7 @@ class SourceCount:
         self.rows += 1
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         named = self.dropped_rows.setdefault(reason, [])
-        if len(named) < _SHOWN_FAULTS:
+        if len(named) < NAMED_ROWS:
             named.append(row_name())
 
 
@@ -226,8 +232,8 @@ def _raise(source: Source, faults: Iterable[tuple[int, str, str]], count: Source
     """DataError for faulty rows, or for a source of which nothing is left."""
     faults = list(faults)
     if faults:
-        named = [Fault(source.row_name(number), what, fix=fix) for number, what, fix in faults[:_SHOWN_FAULTS]]
-        more = len(faults) - _SHOWN_FAULTS
+        named = [Fault(source.row_name(number), what, fix=fix) for number, what, fix in faults[:NAMED_ROWS]]
+        more = len(faults) - NAMED_ROWS
         raise DataError(*named, *([Fault(source.name, f"{more} more rows are faulty")] if more > 0 else []))
     if not count.kept:
         reasons = ", ".join(f"{reason}: {number}" for reason, number in count.dropped.items())

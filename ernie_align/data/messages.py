@@ -179,7 +179,8 @@ def place_images(row: Row) -> None:
             users[0]["content"] = [*({"type": "image"} for _ in row.images), *parts]
     if images_in(row.messages) != len(row.images):
         what = f"{images_in(row.messages)} image parts for {len(row.images)} images"
-        raise RowFault(what, "give one image for each part, in the images column or in the part")
+        fix = "give one image for each part, in the images column or in the part"
+        raise RowFault(what, fix, kind="image parts and images differ")
 
 
 def _split(text: str) -> list[dict[str, Any]]:

@@ -73,13 +73,16 @@ class PairEncoder:
             raise self._bad("all answers have the same rank", "rank them, or drop the row")
         return [self._encode(row, better, worse) for better, worse in pairs]
 
-    def _bad(self, what: str, fix: str) -> RowFault | RowDropped:
-        return RowDropped(what) if self.drop_bad_pairs else RowFault(what, f"{fix}, or {self.way_out}")
+    def _bad(self, what: str, fix: str, *, kind: str = "") -> RowFault | RowDropped:
+        if self.drop_bad_pairs:
+            return RowDropped(kind or what)
+        return RowFault(what, f"{fix}, or {self.way_out}", kind=kind)
 
     def _encode(self, row: Row, better: Ending, worse: Ending) -> dict[str, Any]:
         for name, ending in (("chosen", better), ("rejected", worse)):
             if ending.fault is not None:
-                raise self._bad(f"{name}: {ending.fault.what}", ending.fault.fix)
+                fault = ending.fault
+                raise self._bad(f"{name}: {fault.what}", fault.fix, kind=f"{name}: {fault.kind}")
             if ending.text is not None and not ending.text.strip():
                 raise self._bad(f"{name}: an empty answer", "drop the row")
         cut, messages = False, row.messages

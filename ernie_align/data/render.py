@@ -248,7 +248,8 @@ class Renderer:
             except ValueError as error:
                 if isinstance(error, RowFault):
                     raise
-                raise RowFault(f"{image['path'] or 'an image'}: {error}", "crop the image, or drop the row") from None
+                what, fix = f"{image['path'] or 'an image'}: {error}", "crop the image, or drop the row"
+                raise RowFault(what, fix, kind="an aspect ratio over the limit") from None
         return counts
 
     def _expand(self, ids: list[int], labels: list[int], images: list[dict], tokens: list[int]) -> Example:

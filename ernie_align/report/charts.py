@@ -99,6 +99,40 @@ def whiskers(rows: Sequence[str], series: Mapping[str, Sequence[Any]], *, label:
     return done[0]
 
 
+def histogram(bins: Mapping[float, int], *, label: str, line: float | None = None) -> str:
+    """Counts by the lower edge of their bin, gathered into at most fifty bars; line: a value to mark."""
+    edges = sorted(bins)
+    low, high = edges[0], max(edges[-1], line or 0)
+    wide = low > 0 and high / low > 50  # such a spread is seen on a scale of factors
+    with _figure(5.2, 2.4, label=label) as (_, axes, done):
+        import numpy as np
+
+        axis = axes[0][0]
+        if high == low:
+            borders: Any = [low - 0.5, low + 0.5]
+        elif wide:
+            borders = np.geomspace(low, high * 1.02, 50)
+        else:
+            borders = np.linspace(low, high + max(1e-9, (high - low) / 49), min(50, len(edges) + 1))
+        axis.hist(edges, bins=borders, weights=[bins[edge] for edge in edges])
+        if wide:
+            axis.set_xscale("log")
+        if line is not None:
+            axis.axvline(line, color=_UNUSED, linewidth=1.2)
+        axis.grid(axis="y", alpha=0.25)
+    return done[0]
+
+
+def bars(counts: Mapping[str, int], *, label: str) -> str:
+    """Name -> count, the largest first."""
+    most = sorted(counts.items(), key=lambda pair: -pair[1])[:12]
+    with _figure(5.2, 0.7 + 0.28 * len(most), label=label) as (_, axes, done):
+        axis = axes[0][0]
+        axis.barh([name for name, _ in most][::-1], [number for _, number in most][::-1])
+        axis.grid(axis="x", alpha=0.25)
+    return done[0]
+
+
 def expert_load(layers: Sequence[Mapping[str, Any]], *, label: str) -> str:
     """Heat maps of one checkpoint, one for each pool: layer by expert, how many times an even share it is given."""
     pools = list(dict.fromkeys(layer["pool"] for layer in layers))

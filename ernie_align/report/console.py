@@ -20,6 +20,7 @@ from ernie_align.data.preview import Stretch
 from ernie_align.models.scopes import Coverage
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
     from transformers import TrainerCallback
 
     from ernie_align.models.certificate import TextLogits
@@ -117,6 +118,22 @@ class Terminal:
                 pace = f", {speed:.1f} a second, {(total - done) / speed:.0f} s to go" if done > found else ""
                 there = f" ({found} done before)" if found else ""
                 status.update(f"{escape(name)}: {done} of {total} answers{there}{pace}")
+
+            yield tick
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[str, int, int], None]]:
+        """A bar for each source: rows that were read."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
+            tasks: dict[str, TaskID] = {}
+
+            def tick(name: str, done: int, total: int) -> None:
+                if name not in tasks:
+                    tasks[name] = progress.add_task(escape(name), total=total)
+                progress.update(tasks[name], completed=done)
 
             yield tick
 

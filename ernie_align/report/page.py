@@ -8,9 +8,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ernie_align.doctor import Examination
 from ernie_align.report import charts
+from ernie_align.report.checkup import section
 from ernie_align.report.comparison import kept, number, rates, span
 from ernie_align.report.folders import Evaluated, Run, read
+from ernie_align.report.text import visible
 
 # Title -> keys of metrics.jsonl that are drawn together; a prefix ends in a slash.
 _CURVES = {
@@ -22,8 +25,6 @@ _CURVES = {
     "Tokens sent to other experts than the reference's": ("routing/", "eval_routing/"),
     "Length of completions, tokens": ("completions/mean_length",),
 }
-# Controls but tab and line feed: a model may write them, a page may not hold them
-_VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD}
 
 
 def write_page(folders: Sequence[str | Path], path: str | Path) -> None:
@@ -31,9 +32,16 @@ def write_page(folders: Sequence[str | Path], path: str | Path) -> None:
 
     Raises DataError where a folder holds neither a run nor an evaluation.
     """
-    found = [part for folder in folders for part in read(Path(folder))]
-    text = page(found)
-    path = Path(path)
+    _write(page([part for folder in folders for part in read(Path(folder))]), Path(path))
+
+
+def write_checkup(examination: Examination, path: str | Path) -> None:
+    """A page about the rows of a recipe, whole or not at all."""
+    found = section(examination)
+    _write(_rendered("the rows of a recipe", [found, *found["sources"]], [found]), Path(path))
+
+
+def _write(text: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
@@ -42,21 +50,25 @@ def write_page(folders: Sequence[str | Path], path: str | Path) -> None:
 
 def page(parts: Sequence[Run | Evaluated]) -> str:
     """The page. It is XML as well as HTML: every tag is closed."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["visible"] = lambda text: str(text).translate(_VISIBLE)
-    template = environment.from_string(files("ernie_align.report").joinpath("page.html.jinja").read_text("utf-8"))
     sections = [
         _run(part, mark=f"r{place}") if isinstance(part, Run) else _evaluated(part, mark=f"e{place}")
         for place, part in enumerate(parts)
     ]
-    for section in sections:
-        for figure in section["charts"]:
+    return _rendered(", ".join(dict.fromkeys(part.name for part in parts)), sections, sections)
+
+
+def _rendered(title: str, drawn: Sequence[dict[str, Any]], sections: Sequence[dict[str, Any]]) -> str:
+    """drawn: everything that holds charts."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["visible"] = visible
+    template = environment.from_string(files("ernie_align.report").joinpath("page.html.jinja").read_text("utf-8"))
+    for holder in drawn:
+        for figure in holder["charts"]:
             figure["svg"] = Markup(figure["svg"])
-    names = list(dict.fromkeys(part.name for part in parts))
-    return template.render(title=", ".join(names), sections=sections)
+    return template.render(title=title, sections=sections)
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------

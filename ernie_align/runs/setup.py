@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ernie_align.data.load import Encoder, SourceCount, judge, mix, prepare
 from ernie_align.data.render import Renderer
 from ernie_align.data.sources import Source
+from ernie_align.doctor import Asked, Examination, examine_sources
 from ernie_align.errors import RecipeError
 from ernie_align.evaluation.generate import make_renderer
 from ernie_align.models.anatomy import Anatomy
@@ -122,16 +123,39 @@ def go_on(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     return recipe.updated(model=block, adapter=adapter.updated(path=files.name)), tuple(notes)
 
 
+def _asked(setup: Setup) -> list[Asked]:
+    """Every source that the recipe names: of train, of eval, then what its stage reads beside."""
+    data, encode = setup.recipe.data, setup.stage.encode(setup.recipe, setup.renderer)
+    asked = [Asked(part, block, encode) for part in ("train", "eval") for block in getattr(data, part)]
+    for part, beside in setup.stage.beside(setup.recipe, setup.renderer).items():
+        asked += [Asked(part, block, beside.encode) for block in beside.sources]
+    return asked
+
+
+def examine(
+    recipe: Any,
+    *,
+    workers: int | None = None,
+    tick: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> Examination:
+    """Read every row of every source that the recipe names, as training would, and go on past faulty ones.
+
+    recipe: a Recipe, or what load_recipe takes; workers: processes, otherwise one for each core; tick: told (source,
+    rows read, rows).
+    Raises AlignError where the recipe does not fit its model.
+    """
+    setup = set_up(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
+    data, has_vision = setup.recipe.data, setup.renderer.vision is not None
+    return examine_sources(_asked(setup), data, has_vision=has_vision, workers=workers, tick=tick)
+
+
 def sample_data(setup: Setup, rows: int) -> tuple[dict[str, Any], list[SourceCount]]:
     """Judge the first rows of each source. The first training example, and what became of the rows.
 
     Raises DataError where a source or one of those rows is unsound.
     """
-    data, encode = setup.recipe.data, setup.stage.encode(setup.recipe, setup.renderer)
-    asked = [(block, encode) for block in (*data.train, *data.eval)]
-    for beside in setup.stage.beside(setup.recipe, setup.renderer).values():
-        asked += [(block, beside.encode) for block in beside.sources]
-    judged = [judge(Source(block, data, sample=rows), way) for block, way in asked]
+    asked = _asked(setup)
+    judged = [judge(Source(one.block, setup.recipe.data, sample=rows), one.encode) for one in asked]
     return judged[0][0][0], [count for _, count in judged]
 
 
