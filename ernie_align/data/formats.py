@@ -11,6 +11,7 @@ from ernie_align.data.media import Reach
 from ernie_align.data.messages import (
     answer,
     column_list,
+    history_of,
     normal_message,
     place_images,
     sharegpt_message,
@@ -20,6 +21,7 @@ from ernie_align.data.messages import (
     tools_of,
 )
 from ernie_align.data.row import Row, RowFault
+from ernie_align.data.shapes import MAX_MESSAGES, MAX_TEXT, a_list, objects, text, texts
 
 
 def detect(row: Mapping[str, Any]) -> str:
@@ -40,6 +42,9 @@ def canonical(row: Mapping[str, Any], format: str, root: Path | Reach | None = N
     if missing:
         raise RowFault(f"a {format} row without {', '.join(missing)}", f"it has {', '.join(row)}")
     result = _CONVERTERS[format](row, root)
+    if result.plain is None and not result.messages:
+        raise RowFault("no messages", "write a conversation, or drop the row")
+    _bounded(result)
     result.messages = [normal_message(message) for message in result.messages]
     result.images = result.images or [media.reference(value, root) for value in column_list(row, "images", "image")]
     place_images(result)
@@ -49,6 +54,20 @@ def canonical(row: Mapping[str, Any], format: str, root: Path | Reach | None = N
     used = {*own, "images", "image", "tools", "thinking", "enable_thinking", "chat_template_kwargs", "system"}
     result.columns = {key: value for key, value in row.items() if key not in used}
     return result
+
+
+def _bounded(row: Row) -> None:
+    """Raises RowFault for a row that would take minutes to render."""
+    turns = max([len(row.messages), *(len(ending.messages) for ending in row.endings)])
+    if turns > MAX_MESSAGES:
+        what = f"{turns:,} messages are over {MAX_MESSAGES:,}"
+        raise RowFault(what, "split the conversation", kind="too many messages")
+    length = sum(len(part) for part in (*(row.plain or ()), *(ending.text or "" for ending in row.endings)))
+    said = [*row.messages, *(message for ending in row.endings for message in ending.messages)]
+    length += sum(len(str(message.get("content") or "")) for message in said if isinstance(message, Mapping))
+    if length > MAX_TEXT:
+        what = f"{length:,} characters of text are over {MAX_TEXT:,}"
+        raise RowFault(what, "split or drop the row", kind="too much text")
 
 
 def _missing(row: Mapping[str, Any], keys: tuple[str, ...]) -> list[str]:
@@ -68,7 +87,7 @@ def _prompt_completion(row: Mapping[str, Any], root: Path | Reach | None) -> Row
         raise RowFault("prompt and completion must both be text or both be messages", "write both in one way")
     messages, images = take_images([*prompt, *completion], root)
     for message in messages[: len(prompt)]:  # the completion alone is trained
-        if message.get("role") == "assistant":
+        if message["role"] == "assistant":
             message["label"] = 0
     return Row(messages=messages, images=images)
 
@@ -82,22 +101,21 @@ def _prompt(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
 
 
 def _sharegpt(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
-    return Row(messages=[*system_message(row), *map(sharegpt_message, row["conversations"])])
+    return Row(messages=[*system_message(row), *map(sharegpt_message, objects(row["conversations"], "conversations"))])
 
 
 def _alpaca(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
     messages = system_message(row)
-    for pair in row.get("history") or []:
-        if len(pair) != 2:
-            raise RowFault("an entry of history is no pair", "write [question, answer]")
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    question = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
-    return Row(messages=[*messages, {"role": "user", "content": question}, answer(row["output"])])
+    for asked, replied in history_of(row):
+        messages += [{"role": "user", "content": asked}, answer(replied)]
+    parts = (text(row["instruction"], "instruction"), text(row.get("input") or "", "input"))
+    question = "\n".join(part for part in parts if part)
+    return Row(messages=[*messages, {"role": "user", "content": question}, answer(text(row["output"], "output"))])
 
 
 def _erniekit(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
-    questions, answers = ([row[key]] if isinstance(row[key], str) else list(row[key]) for key in ("src", "tgt"))
-    labels = row.get("label") or [1] * len(answers)
+    questions, answers = (texts(row[key], key) for key in ("src", "tgt"))
+    labels = a_list(row.get("label") or [1] * len(answers), "label")
     if not len(questions) == len(answers) == len(labels):
         what = f"{len(questions)} src, {len(answers)} tgt and {len(labels)} label"
         raise RowFault(what, "give one of each per turn")
@@ -111,19 +129,20 @@ def _erniekit_vl(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
     if row.get("video_info"):
         raise RowFault("video_info: videos are not trained on yet", "drop the row, or give frames as images")
     before: dict[int, list[Any]] = {}
-    for image in row.get("image_info") or []:
+    pieces = objects(row["text_info"], "text_info")
+    for image in objects(row.get("image_info") or [], "image_info"):
         index = image.get("matched_text_index")
-        if not isinstance(index, int) or not 0 <= index < len(row["text_info"]):
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(pieces):
             raise RowFault(f"matched_text_index {index!r} matches no text", "count text_info from 0")
         before.setdefault(index, []).append(image.get("image_url", image.get("image")))
     messages, images = system_message(row), []
-    for index, piece in enumerate(row["text_info"]):
-        role = {"mask": "user", "no_mask": "assistant"}.get(piece.get("tag"))
+    for index, piece in enumerate(pieces):
+        role = {"mask": "user", "no_mask": "assistant"}.get(text(piece.get("tag"), "tag"))
         if role is None:
             raise RowFault(f"tag {piece.get('tag')!r} in text_info", "tags are mask (prompt) and no_mask (answer)")
         here = before.get(index, [])
         images += [media.reference(image, root) for image in here]
-        parts = [*({"type": "image"} for _ in here), {"type": "text", "text": piece.get("text") or ""}]
+        parts = [*({"type": "image"} for _ in here), {"type": "text", "text": text(piece.get("text") or "", "text")}]
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] += parts
         else:

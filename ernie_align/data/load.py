@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from ernie_align.data import media
 from ernie_align.data.row import Row, RowDropped, RowFault
 from ernie_align.data.sources import Source
-from ernie_align.errors import DataError, Fault
+from ernie_align.errors import DataError, Fault, ModelError
 from ernie_align.recipe import SourceBlock
 
 if TYPE_CHECKING:
@@ -203,6 +203,8 @@ def _judge(source: Source, values: dict[str, Any], encode: Encoder) -> _Verdict:
         return _Verdict([], dropped=dropped.reason)
     except RowFault as fault:
         return _Verdict([], fault=fault.what, fix=fault.fix)
+    except ModelError as error:  # of the chat template, which says where it is; this says for which row
+        return _Verdict([], fault=f"{error.faults[0].where}: {error.faults[0].what}", fix=error.faults[0].fix)
     return _Verdict(examples)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ernie_align.data.media import Reach
-from ernie_align.data.messages import answer, normal_message, sharegpt_message, system_message, take_images
+from ernie_align.data.messages import answer, history_of, normal_message, sharegpt_message, system_message, take_images
 from ernie_align.data.row import Ending, Message, Row, RowFault
+from ernie_align.data.shapes import a_list, objects, text, texts
 
 KEYS: dict[str, tuple[str, ...]] = {
     "sharegpt_preference": ("conversations", "chosen", "rejected"),
@@ -29,9 +31,11 @@ def _preference(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
             return _ranked(prompt, [[answer(side)] for side in sides], root)
         if prompt is None:
             prompt, *sides = _split_text(*sides)
+        prompt = text(prompt, "prompt")
         return Row(plain=(prompt, ""), endings=[Ending(1, text=sides[0]), Ending(0, text=sides[1])])
     chosen, rejected = (_listed(side) for side in sides)
     if not isinstance(prompt, list):
+        prompt = prompt if prompt is None else text(prompt, "prompt")
         shared = _shared(chosen, rejected)
         while shared and _role(chosen[shared - 1]) == "assistant" and shared == min(len(chosen), len(rejected)):
             shared -= 1  # two equal sides: the last answer is what is compared
@@ -45,25 +49,30 @@ def _preference(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
 
 
 def _sharegpt(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
-    prompt = [*system_message(row), *map(sharegpt_message, row["conversations"])]
-    sides = [[sharegpt_message(turn) if "from" in turn else turn for turn in _listed(row[key])] for key in _SIDES]
+    prompt = [*system_message(row), *map(sharegpt_message, objects(row["conversations"], "conversations"))]
+    sides = [
+        [sharegpt_message(turn) if isinstance(turn, Mapping) and "from" in turn else turn for turn in _listed(row[key])]
+        for key in _SIDES
+    ]
     return _ranked(prompt, sides, root)
 
 
 def _alpaca(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
     prompt: list[Message] = system_message(row)
-    for question, reply in row.get("history") or []:
+    for question, reply in history_of(row):
         prompt += [{"role": "user", "content": question}, answer(reply)]
-    parts = (row.get("question") or row.get("instruction"), row.get("input"))
-    question = "\n".join(text for text in parts if text)
+    parts = (
+        text(row.get("question") or row.get("instruction") or "", "question"),
+        text(row.get("input") or "", "input"),
+    )
+    question = "\n".join(part for part in parts if part)
     sides = [[answer(row[key])] if isinstance(row[key], str) else _listed(row[key]) for key in _SIDES]
     return _ranked([*prompt, {"role": "user", "content": question}], sides, root)
 
 
 def _erniekit(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
-    questions = [row["src"]] if isinstance(row["src"], str) else list(row["src"])
-    replies = [row["tgt"]] if isinstance(row.get("tgt"), str) else list(row.get("tgt") or [])
-    responses, ranks = row["response"], row["sort"]
+    questions, replies = texts(row["src"], "src"), texts(row.get("tgt") or [], "tgt")
+    responses, ranks = a_list(row["response"], "response"), a_list(row["sort"], "sort")
     if len(replies) != len(questions) - 1 or len(responses) != len(ranks):
         what = f"{len(questions)} src, {len(replies)} tgt, {len(responses)} response and {len(ranks)} sort"
         raise RowFault(what, "give one tgt fewer than src, and one sort per response")
@@ -77,14 +86,16 @@ def _erniekit(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
 
 def _ultrafeedback(row: Mapping[str, Any], root: Path | Reach | None) -> Row:
     sides, ranks = [], []
-    for completion in row["completions"]:
-        text = completion.get("response", completion.get("text"))
+    for completion in objects(row["completions"], "completions"):
+        said = completion.get("response", completion.get("text"))
         score = next((completion[key] for key in _SCORES if completion.get(key) is not None), None)
-        if text is None or score is None:
+        if said is None or score is None:
             raise RowFault("a completion without response or score", f"give response and one of {', '.join(_SCORES)}")
-        sides.append([answer(text)])
+        sides.append([answer(said)])
         ranks.append(score)
-    return _ranked([*system_message(row), {"role": "user", "content": row["instruction"]}], sides, root, ranks)
+    return _ranked(
+        [*system_message(row), {"role": "user", "content": text(row["instruction"], "instruction")}], sides, root, ranks
+    )
 
 
 CONVERTERS: dict[str, Callable[[Mapping[str, Any], Path | Reach | None], Row]] = {
@@ -100,8 +111,10 @@ def _ranked(prompt: list[Message], sides: list[list[Any]], root: Path | Reach | 
     messages, images = take_images(prompt, root)
     try:
         scores = [float(rank) for rank in ranks]
-    except (TypeError, ValueError):
-        raise RowFault(f"ranks {list(ranks)!r}", "a rank is a number") from None
+    except (TypeError, ValueError, OverflowError):
+        scores = [math.nan]
+    if not all(map(math.isfinite, scores)):
+        raise RowFault(f"ranks {list(ranks)!r}"[:80], "a rank is a number", kind="a rank that is no number")
     endings = [_ending(score, side) for score, side in zip(scores, sides, strict=True)]
     return Row(messages=messages, images=images, endings=endings)
 
@@ -132,8 +145,8 @@ def _listed(side: Any) -> list[Any]:
 
 def _turns(response: Any) -> list[Message]:
     """A response of one text, or of answer, question, answer, ... as the official toolkit lists turns."""
-    texts = [response] if isinstance(response, str) else list(response)
-    return [answer(text) if number % 2 == 0 else {"role": "user", "content": text} for number, text in enumerate(texts)]
+    turns = enumerate(texts(response, "response"))
+    return [answer(said) if number % 2 == 0 else {"role": "user", "content": said} for number, said in turns]
 
 
 def _role(message: Any) -> str | None:

@@ -216,13 +216,22 @@ class Renderer:
         from transformers.utils.chat_template_utils import mark_control_tokens
 
         known = [{key: value for key, value in message.items() if key != "label"} for message in messages]
-        return self.tokenizer.apply_chat_template(
-            mark_control_tokens(known, self._controls),
-            tools=mark_control_tokens(row.tools, self._controls),
-            add_generation_prompt=generation_prompt,
-            tokenize=False,
-            enable_thinking=self.thinking if row.thinking is None else row.thinking,
-        )
+        if not known:
+            raise RowFault("an answer that nothing stands before", "give the row a question, or drop it")
+        try:
+            return self.tokenizer.apply_chat_template(
+                mark_control_tokens(known, self._controls),
+                tools=mark_control_tokens(row.tools, self._controls),
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+                enable_thinking=self.thinking if row.thinking is None else row.thinking,
+            )
+        except Exception as error:  # a checkpoint's template, on a row it was not written for: anything comes up
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            fix = "mend or drop the row"
+            raise RowFault(
+                f"the chat template refuses it: {reason}", fix, kind="the chat template refuses it"
+            ) from None
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]

@@ -12,13 +12,16 @@ from ernie_align.errors import Fault, RecipeError
 
 Path = tuple[str | int, ...]
 COMMAND_LINE = "command line"
+MAX_DEPTH = 50
+MAX_VALUES = 100_000
+_TOO_MUCH = f"over {MAX_VALUES:,} values, or nested over {MAX_DEPTH} deep, once its aliases are written out"
 
 # The scalars of YAML 1.2's core schema. PyYAML speaks 1.1, where 1e-4 is text, `no` is false and 010 is eight:
 # three ways to train something else than what was written.
 _SCALARS = (
     (re.compile(r"~|null|Null|NULL|"), lambda text: None),
     (re.compile(r"true|True|TRUE|false|False|FALSE"), lambda text: text.lower() == "true"),
-    (re.compile(r"[-+]?[0-9]+"), int),
+    (re.compile(r"[-+]?[0-9]{1,4000}"), int),
     (re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+"), lambda text: int(text, 0)),
     (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
     (re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"), lambda text: float(text.replace(".", ""))),
@@ -65,13 +68,15 @@ def parse_document(text: str, name: str) -> Document:
     """
     document = Document(name, text=text)
     try:
+        _judge_depth(text, name)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         raise RecipeError.at(where, f"not YAML: {error.problem or error.context}", fix="mend the YAML") from None
-    except yaml.YAMLError as error:
-        raise RecipeError.at(name, f"not YAML: {error}", fix="mend the YAML") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of a date or a character that is none
+        reason = str(error).splitlines()[0]
+        raise RecipeError.at(name, f"not YAML: {reason}", fix="mend the YAML") from None
     faults: list[Fault] = []
     document.values = {} if root is None else _walk(root, (), document, faults)
     if faults:
@@ -79,15 +84,29 @@ def parse_document(text: str, name: str) -> Document:
     return document
 
 
+def _judge_depth(text: str, name: str) -> None:
+    """Before anything is built of the text, which takes a call for each level. Raises RecipeError."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            where = f"{name}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
+            raise RecipeError.at(where, f"nested over {MAX_DEPTH} deep", fix="a recipe is a few levels deep")
+
+
 def _walk(node: yaml.Node, path: Path, document: Document, faults: list[Fault]) -> Any:
     place = f"{document.name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+    if len(document.places) >= MAX_VALUES or len(path) > MAX_DEPTH:  # an alias may stand for itself, or for thousands
+        if not faults or faults[-1].what != _TOO_MUCH:
+            faults.append(Fault(place, _TOO_MUCH, fix="drop the aliases"))
+        return None
     document.places[path] = place
     if isinstance(node, yaml.MappingNode):
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             at = f"{document.name}:{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}"
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if key is None:
+            if key is None or not _is_text(key):
                 faults.append(Fault(at, "a key must be plain text"))
                 continue
             if key in mapping:
@@ -104,7 +123,15 @@ def _walk(node: yaml.Node, path: Path, document: Document, faults: list[Fault]) 
     if written_tag:
         faults.append(Fault(f"{place}  {dotted(path)}", f"tag {node.tag}", fix="a recipe is plain data: drop the tag"))
         return None
+    if not _is_text(node.value):
+        faults.append(Fault(f"{place}  {dotted(path)}", "a NUL or half a character", fix="write text"))
+        return None
     return scalar(node.value) if node.style is None else node.value
+
+
+def _is_text(value: str) -> bool:
+    """Something that a path and a file can hold."""
+    return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def dotted(path: Path) -> str:

@@ -16,6 +16,7 @@ from ernie_align.recipe.document import Document, apply_overrides, dotted, parse
 from ernie_align.recipe.schema import Block, Recipe
 
 B = TypeVar("B", bound=Block)
+MAX_BYTES = 4 << 20  # of a recipe
 
 _WANTED = {
     "string_type": "text",
@@ -104,10 +105,14 @@ def _document(source: str | Path | Mapping[str, Any], name: str) -> Document:
 
 def _read(path: Path) -> Document:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise RecipeError.at(str(path), f"over {MAX_BYTES:,} bytes", fix="name a YAML file")
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise RecipeError.at(str(path), "no such recipe", fix="name a YAML file; recipes/ holds examples") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path with a NUL
         raise RecipeError.at(str(path), f"cannot be read: {error}") from None
     return parse_document(text, str(path))
 

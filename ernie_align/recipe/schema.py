@@ -45,7 +45,7 @@ def fault(at: str, what: str, *, why: str = "", fix: str = "") -> PydanticCustom
 class Block(BaseModel):
     """A strict, frozen piece of a recipe that knows where in the user's file each of its keys stands."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def where(self, key: str) -> str:

@@ -37,7 +37,9 @@ def training_model(lineage: tuple[tuple[str, str, str], ...], owned: frozenset[s
         for key, annotation in annotations.items()
         if key not in owned
     }
-    return create_model(lineage[-1][2], __config__=ConfigDict(extra="forbid", strict=True), **fields)
+    return create_model(
+        lineage[-1][2], __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields
+    )
 
 
 @functools.cache

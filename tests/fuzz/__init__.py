@@ -1,0 +1,1 @@
+"""What hostile recipes and rows are made of."""
