@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import sys
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -180,7 +182,9 @@ def media_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile")
     Image.new("RGB", (60, 60)).save(folder / "ok.png")
     (folder / "broken.png").write_bytes((folder / "ok.png").read_bytes()[:60])
-    Image.new("1", (40000, 30000)).save(folder / "bomb.png")
+    header = b"IHDR" + struct.pack(">IIBBBBB", 40000, 30000, 8, 2, 0, 0, 0)
+    said = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + said + b"\0\0\0\0IDAT" + b"\0" * 8)
     (folder / "folder").mkdir()
     os.mkfifo(folder / "pipe.png")
     return folder

@@ -171,6 +171,12 @@ def load(image: dict[str, Any]) -> Image:
             raise _broken(image, error) from None
 
 
+def content(image: dict[str, Any]) -> bytes:
+    """The bytes of its file. Raises RowFault where there is none."""
+    with _stream(image) as stream:
+        return stream.read()
+
+
 @contextmanager
 def _open(image: dict[str, Any]) -> Iterator[Image]:
     from PIL import Image as images

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ernie_align.errors import RunError
+from ernie_align.data import media
+from ernie_align.data.row import RowFault
+from ernie_align.errors import DataError, RunError
 from ernie_align.evaluation.questions import Question
 from ernie_align.recipe.evaluation import GenerationBlock
 
@@ -90,5 +92,8 @@ def fingerprint(weights: str, dtype: str, questions: Sequence[Question], generat
         said = [row.messages, row.plain, row.tools, row.thinking, [vars(ending) for ending in row.endings]]
         digest.update(json.dumps([said, question.columns.get("answer")], default=str, sort_keys=True).encode())
         for image in row.images:
-            digest.update(image["bytes"] or Path(image["path"]).read_bytes())
+            try:
+                digest.update(media.content(image))
+            except RowFault as fault:
+                raise DataError.at(question.place, fault.what, fix=fault.fix) from None
     return digest.hexdigest()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ernie_align.recipe.document import file_text
 from ernie_align.recipe.schema import fault
 
 # What TRL hands to every reward function beside the columns of the rows.
@@ -38,11 +39,11 @@ class Function:
     def read(cls, path: Path, name: str) -> Function:
         """The function `name` at the top level of the file. Raises a fault of the recipe if there is none."""
         try:
-            tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+            tree = ast.parse(file_text(path), str(path))
         except OSError as error:
             what = f"{path} cannot be read: {error.strerror}"
             raise fault("", what, fix="name a file; paths start at the working directory") from None
-        except (SyntaxError, ValueError) as error:
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # of nesting: either of the last two
             raise fault("", f"{path} is no Python: {error}", fix="mend the file") from None
         functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
         if name not in functions:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import pathlib
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +14,7 @@ from ernie_align.errors import Fault, RecipeError
 
 Path = tuple[str | int, ...]
 COMMAND_LINE = "command line"
+MAX_BYTES = 4 << 20  # of a recipe, or of a file that one names
 MAX_DEPTH = 50
 MAX_VALUES = 100_000
 _TOO_MUCH = f"over {MAX_VALUES:,} values, or nested over {MAX_DEPTH} deep, once its aliases are written out"
@@ -26,6 +29,17 @@ _SCALARS = (
     (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
     (re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"), lambda text: float(text.replace(".", ""))),
 )
+
+
+def file_text(path: pathlib.Path) -> str:
+    """Of a file that a recipe names. Raises OSError or ValueError; never waits for a pipe, never reads a device."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "no file")
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"over {MAX_BYTES:,} bytes")
+    return data.decode("utf-8-sig")
 
 
 def scalar(text: str) -> Any:

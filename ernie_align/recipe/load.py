@@ -12,11 +12,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ernie_align.errors import Fault, RecipeError
-from ernie_align.recipe.document import Document, apply_overrides, dotted, parse_document
+from ernie_align.recipe.document import MAX_BYTES, Document, apply_overrides, dotted, parse_document
 from ernie_align.recipe.schema import Block, Recipe
 
 B = TypeVar("B", bound=Block)
-MAX_BYTES = 4 << 20  # of a recipe
 
 _WANTED = {
     "string_type": "text",
@@ -122,8 +121,8 @@ def _recipe_class(document: Document, stages: Mapping[str, type[Recipe]], expect
     where = document.address(("stage",))
     if named is None:
         raise RecipeError.at(where, "no stage is named", fix=f"write stage: {expected or ' or '.join(stages)}")
-    if named not in stages:
-        raise RecipeError.at(where, f"{named!r} is no stage", fix=_did_you_mean(str(named), stages))
+    if not isinstance(named, str) or named not in stages:
+        raise RecipeError.at(where, f"{_show(named)} is no stage", fix=_did_you_mean(str(named), stages))
     if expected is not None and named != expected:
         raise RecipeError.at(where, f"this is a {named} recipe", fix=f"run ernie-align {named}, not {expected}")
     return stages[named]

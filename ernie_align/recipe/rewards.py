@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ernie_align.recipe.code import Function, did_you_mean
+from ernie_align.recipe.document import file_text
 from ernie_align.recipe.schema import Block, fault
 
 Unit = Literal["tokens", "characters", "words"]
@@ -145,12 +146,12 @@ class JsonSchemaReward(_Reward):
 
 def _read_json(path: str) -> dict[str, Any]:
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(file_text(Path(path)))
     except OSError as error:
         raise fault(
             "", f"{path} cannot be read: {error.strerror}", fix="paths start at the working directory"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise fault("", f"{path} is not JSON: {error}", fix="mend the file") from None
     if not isinstance(found, dict):
         raise fault("", f"{path} holds no mapping", fix="a JSON schema is a mapping")
