@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ernie_align.errors import AlignError, RecipeError, RunError
+from ernie_align.errors import AlignError, Interrupted, RecipeError, RunError
 from ernie_align.runs import load_recipe, set_up
 from ernie_align.stages import STAGES, Stage
 
@@ -368,10 +368,15 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema({name: stage.recipe for name, stage in STAGES.items()}), indent=2))
 
 
+# 4 is a missed requirement of eval. 75 is sysexits' EX_TEMPFAIL, "try again": a bare 143 is also what a process leaves
+# that was killed and saved nothing.
+_EXIT_CODES = {Interrupted: 75, RecipeError: 2, RunError: 3, AlignError: 1}
+
+
 def main() -> None:
     """Run the command line; an error a user can mend is told without a traceback."""
     try:
         app()
     except AlignError as error:
         typer.echo(str(error), err=True)
-        sys.exit(2 if isinstance(error, RecipeError) else 3 if isinstance(error, RunError) else 1)
+        sys.exit(next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)))

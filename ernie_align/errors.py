@@ -57,5 +57,9 @@ class RunError(AlignError):
     """The run cannot start, go on or be resumed."""
 
 
+class Interrupted(RunError):
+    """The run was asked to stop, and has: --resume goes on with it."""
+
+
 class ExportError(AlignError):
     """The export cannot be written, or says something else than what it was made from."""

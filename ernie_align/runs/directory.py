@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_align.errors import Fault, RunError
-from ernie_align.models.seal import broken
+from ernie_align.models.seal import beside, broken, flush
 from ernie_align.recipe import differences
 
 # A resumed run may end, log, save or evaluate at other steps; everything else must be what it was.
@@ -31,7 +31,8 @@ class RunDirectory:
     recipe.resolved.yaml  with every default
     run.json              versions, device, and what the run found out about itself
     coverage.json data.json preview.txt metrics.jsonl
-    checkpoint-N/ final/
+    checkpoint-N/ final/  whole, each with its seal
+    checkpoint.partial/ *.partial  being written or removed
     """
 
     def __init__(self, path: str | Path, *, where: str = "run.dir"):
@@ -43,6 +44,11 @@ class RunDirectory:
     def final(self) -> Path:
         """The finished model or adapter."""
         return self.path / "final"
+
+    @property
+    def saving(self) -> Path:
+        """Where Trainer writes a checkpoint-N before it is whole."""
+        return beside(self.path)
 
     @property
     def cache(self) -> Path:
@@ -82,12 +88,19 @@ class RunDirectory:
         lock = open(self.path / "run.lock", "a+")  # noqa: SIM115 (held until the process ends)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
-        except OSError:
+        except BlockingIOError:
             lock.seek(0)
             holder = lock.read().strip() or "another process"
             lock.close()
             what = f"{self.path} is in use by {holder}"
             raise RunError.at(self.where, what, fix="wait for it, stop it, or name a new folder") from None
+        except OSError as error:
+            lock.close()
+            what = f"{self.path} cannot be locked: {error.strerror}"
+            why = "without a lock two runs could write one folder"
+            raise RunError.at(self.where, what, why=why, fix="name a folder on a file system with locks") from None
+        # a forked data worker has the lock too, and may outlive a run that was killed
+        os.register_at_fork(after_in_child=lock.close)
         lock.seek(0)
         lock.truncate()
         lock.write(f"process {os.getpid()} on {platform.node()}")
@@ -116,6 +129,7 @@ class RunDirectory:
         text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         partial = self.path / f".{name}.partial"
         partial.write_text(text, encoding="utf-8")
+        flush(partial)
         partial.replace(self.path / name)
 
     def note(self, **facts: Any) -> None:
@@ -132,13 +146,12 @@ class RunDirectory:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(values) + "\n")
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run takes again."""
+    def keep_metrics(self, count: int) -> None:
+        """Drop all but the first lines: what follows is of steps that a resumed run takes again."""
         path = self.path / "metrics.jsonl"
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]  # the last one may be cut off
-            self.write("metrics.jsonl", "".join(line for line in whole if json.loads(line)["step"] <= step))
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            self.write("metrics.jsonl", "".join(lines[:count]))
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -147,15 +160,44 @@ class RunDirectory:
         found = [path for path in self.path.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
         return sorted(found, key=step_of)
 
-    def newest_whole_checkpoint(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that was written to its end, and the newer ones passed over, each with the reason."""
+    def newest_whole_checkpoint(self, *, hashes: bool = False) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that is whole, and the newer ones passed over, each with the reason.
+
+        hashes: read it to its last byte, instead of looking at its sizes.
+        """
         passed_over = []
         for checkpoint in reversed(self.checkpoints()):
-            reason = broken(checkpoint)
+            reason = broken(checkpoint, hashes=hashes)
             if reason is None:
                 return checkpoint, passed_over
             passed_over.append(f"{checkpoint.name}: {reason}")
         return None, passed_over
+
+    def keep_checkpoint(self, name: str) -> Path:
+        """Give a sealed checkpoint its name. One of that name that was passed over makes room."""
+        place = self.path / name
+        if place.exists():
+            self.drop_checkpoint(place)
+        (self.saving / name).rename(place)
+        flush(self.path)
+        return place
+
+    def drop_checkpoint(self, checkpoint: Path) -> None:
+        """Remove a checkpoint: its name at once, so that no half of it is ever taken for one."""
+        doomed = checkpoint.with_name(f"{checkpoint.name}.partial")
+        shutil.rmtree(doomed, ignore_errors=True)
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed)
+
+    def sweep(self) -> list[str]:
+        """Remove what a killed run left half-written or half-removed. Its names."""
+        folders = [path for path in self.path.glob("*.partial") if path.name.startswith(("checkpoint", "final."))]
+        for folder in folders:
+            shutil.rmtree(folder)
+        for file in self.path.glob(".*.partial"):
+            if file.is_file():  # of write(); an export into this folder is a folder itself
+                file.unlink()
+        return sorted(folder.name for folder in folders)
 
     def finish(self) -> None:
         """Drop what only a running run needs."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import time
 from pathlib import Path
 
 from transformers import TrainerCallback
 
 from ernie_align.models.load import Bundle
-from ernie_align.models.seal import broken, seal
+from ernie_align.models.seal import broken, flush, seal
 from ernie_align.runs.directory import RunDirectory
 
 
@@ -43,9 +42,10 @@ class MetricsKeeper(TrainerCallback):
 
 
 class CheckpointKeeper(TrainerCallback):
-    """Completes each checkpoint so that it loads by itself, seals it, and only then drops older ones.
+    """Completes each checkpoint so that it loads by itself, seals it, names it, and only then drops older ones.
 
-    Trainer's own save_total_limit deletes the old checkpoint before anybody knows that the new one is whole.
+    Trainer writes it beside (models.seal.beside). Its own save_total_limit would delete the old checkpoint before
+    anybody knows that the new one is whole. Needed in every process: each of them writes a part.
     """
 
     def __init__(self, directory: RunDirectory, bundle: Bundle, limit: int | None):
@@ -54,12 +54,31 @@ class CheckpointKeeper(TrainerCallback):
         self.limit = limit
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        checkpoint = self.directory.path / f"checkpoint-{state.global_step}"
-        self.bundle.save_processor(str(checkpoint))
-        seal(checkpoint)
+        from accelerate import PartialState
+
+        processes = PartialState()
+        processes.wait_for_everyone()  # each has written its random state
+        name = f"checkpoint-{state.global_step}"
+        written = self.directory.saving / name
+        best = state.best_model_checkpoint
+        is_best = best is not None and Path(best) == written
+        if is_best:
+            state.best_model_checkpoint = best = str(self.directory.path / name)
+        if processes.is_main_process:
+            if is_best:
+                state.save_to_json(str(written / "trainer_state.json"))  # where it will be, not where it was written
+            self.bundle.save_processor(str(written))
+            metrics = self.directory.path / "metrics.jsonl"
+            if metrics.exists():
+                flush(metrics)
+            seal(written)
+            self.directory.keep_checkpoint(name)
+            self._drop_older(Path(best).name if best else None)
+        processes.wait_for_everyone()
+
+    def _drop_older(self, best: str | None) -> None:
         if self.limit is None:
             return
-        best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
         whole = [path for path in self.directory.checkpoints() if broken(path) is None and path.name != best]
         for old in whole[: -self.limit] if self.limit else whole[:-1]:
-            shutil.rmtree(old)
+            self.directory.drop_checkpoint(old)

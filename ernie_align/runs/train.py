@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,14 +14,18 @@ from ernie_align.models.environment import environment
 from ernie_align.models.load import Bundle, load_model
 from ernie_align.models.pixels import pixel_backend
 from ernie_align.models.scopes import Coverage, coverage
+from ernie_align.models.seal import flush, seal
 from ernie_align.recipe import Recipe, to_yaml
-from ernie_align.runs.directory import RunDirectory, step_of
+from ernie_align.runs.directory import RunDirectory
+from ernie_align.runs.processes import Processes, begin_processes, timeout_of
 from ernie_align.runs.setup import Setup, prepare_data, set_up
 from ernie_align.stages import Batches
 from ernie_align.stages.base import inherited_defaults
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+    from ernie_align.runs.stopping import Signals, StopAtStepEnd
 
 
 class Reporter(Protocol):
@@ -64,43 +68,60 @@ def run(recipe: Recipe, *, resume: bool = False, reporter: Reporter) -> RunResul
     """Train what the recipe says, into `run.dir`.
 
     resume: go on from the newest whole checkpoint in run.dir, or begin if there is none; a finished run stays as it is.
-    Raises the AlignError that fits; whatever ends the run, its whole checkpoints stay.
+    Raises the AlignError that fits, Interrupted where a signal stopped it; whatever ends the run, its whole checkpoints
+    stay.
     """
-    from accelerate import PartialState
+    from ernie_align.runs.stopping import listening
 
-    state = PartialState()
+    state = begin_processes(recipe)
     directory = RunDirectory(recipe.run.dir, where=recipe.run.where("dir"))
     setup = set_up(recipe)
     recipe = setup.recipe
     config = setup.stage.configure(recipe, recipe.run.dir)  # what TRL refuses is refused before anything is made
-    try:
-        if state.is_main_process:
-            _begin(directory, recipe, resume)
-        state.wait_for_everyone()
-        if directory.final.exists():
-            reporter.say(f"{directory.path} is finished already")
-            return RunResult(directory.path, directory.final, {}, directory.facts().get("text_unchanged"))
-        return _train(setup, config, directory, reporter, resume=resume, is_main=state.is_main_process)
-    finally:
-        directory.release()
+    with listening(directory) as signals:
+        try:
+            if state.is_main_process:
+                _begin(directory, recipe, resume, reporter)
+            processes = Processes(timeout_of(recipe))
+            processes.wait()
+            if directory.final.exists():
+                reporter.say(f"{directory.path} is finished already")
+                return RunResult(directory.path, directory.final, {}, directory.facts().get("text_unchanged"))
+            return _train(setup, config, directory, reporter, resume=resume, processes=processes, signals=signals)
+        finally:
+            directory.release()
 
 
-def _begin(directory: RunDirectory, recipe: Recipe, resume: bool) -> None:
+def _begin(directory: RunDirectory, recipe: Recipe, resume: bool, reporter: Reporter) -> None:
     resolved = to_yaml(recipe)
-    if not directory.begin(resolved, resume=resume):
+    goes_on = directory.begin(resolved, resume=resume)
+    for name in directory.sweep():
+        reporter.say(f"removed {name}: left by a run that was killed")
+    if directory.final.exists():
+        directory.finish()
+    elif not goes_on:
         directory.write("recipe.yaml", recipe.as_given)
         directory.write("recipe.resolved.yaml", resolved)
         directory.note(environment=environment())
 
 
 def _train(
-    setup: Setup, config: Any, directory: RunDirectory, reporter: Reporter, *, resume: bool, is_main: bool
+    setup: Setup,
+    config: Any,
+    directory: RunDirectory,
+    reporter: Reporter,
+    *,
+    resume: bool,
+    processes: Processes,
+    signals: Signals,
 ) -> RunResult:
     from transformers import PrinterCallback
 
+    from ernie_align.runs.endings import explained
     from ernie_align.runs.keep import peak_memory
+    from ernie_align.runs.stopping import StopAtStepEnd
 
-    recipe = setup.recipe
+    recipe, is_main = setup.recipe, processes.is_first
     for note in setup.notes:
         reporter.say(note)
     for key, value in inherited_defaults(recipe).items():
@@ -121,16 +142,20 @@ def _train(
         directory.write("data.json", [asdict(count) for count in data.counts])
         directory.write("preview.txt", as_text(example))
 
-    checkpoint = _where_to_go_on(directory, reporter, is_main) if resume else None
+    checkpoint = _where_to_go_on(directory, reporter, processes) if resume else None
     bundle = _load(setup, checkpoint)
     batches = Batches(data.train, data.eval, data.row_name, setup.renderer, data.beside)
-    callbacks = _callbacks(directory, bundle, recipe, reporter) if is_main else []
-    trainer = setup.stage.build_trainer(recipe, config, bundle, batches, callbacks)
+    stop = StopAtStepEnd(directory, signals, processes)
+    callbacks = _callbacks(directory, bundle, recipe, reporter, stop)
+    trainer = stop.trainer = setup.stage.build_trainer(recipe, config, bundle, batches, callbacks)
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict
     reporter.say(_pace(config))
     probe = _first_text_logits(setup, bundle, directory)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    metrics = trainer.evaluate() if data.eval is not None else {}
+    with explained(directory, trainer, processes):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if stop.stopped:
+            raise stop.ended(trainer.state.global_step)
+        metrics = trainer.evaluate() if data.eval is not None else {}
     unchanged = None
     if probe is not None:
         # accelerate has wrapped the forward in autocast: like is compared with like
@@ -138,15 +163,18 @@ def _train(
         unchanged = _certify(probe, text_logits(bundle), reporter)
 
     partial = directory.path / "final.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of an earlier attempt
     trainer.save_model(str(partial))
+    processes.wait()
     if is_main:
         (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle of Trainer's; run.dir says it all in text
         bundle.save_processor(str(partial))
+        seal(partial)
         directory.write("data.json", [asdict(count) for count in data.counts])  # a stream is counted only now
         directory.note(text_unchanged=unchanged, metrics=metrics, peak_memory_gb=peak_memory())
         partial.replace(directory.final)
+        flush(directory.path)
         directory.finish()
+    processes.wait()
     reporter.say(f"finished: {directory.final}")
     return RunResult(directory.path, directory.final, metrics, unchanged)
 
@@ -160,14 +188,20 @@ def _pace(config: Any) -> str:
     return f"{length} of {size} examples, {rate}, gradient checkpointing {checkpointing}"
 
 
-def _where_to_go_on(directory: RunDirectory, reporter: Reporter, is_main: bool) -> Path | None:
-    checkpoint, passed_over = directory.newest_whole_checkpoint()
+def _where_to_go_on(directory: RunDirectory, reporter: Reporter, processes: Processes) -> Path | None:
+    found = directory.newest_whole_checkpoint(hashes=True) if processes.is_first else None
+    checkpoint, passed_over = processes.of_first(found)
     for reason in passed_over:
         reporter.say(f"passed over {reason}")
     reporter.say(f"resuming from {checkpoint}" if checkpoint else "no whole checkpoint: beginning at step 0")
-    if is_main:
-        directory.forget_metrics_after(step_of(checkpoint) if checkpoint else -1)
+    if processes.is_first:
+        directory.keep_metrics(_lines_logged(checkpoint) if checkpoint else 0)
     return checkpoint
+
+
+def _lines_logged(checkpoint: Path) -> int:
+    """Trainer remembers every log of the run, and each of them is a line of metrics.jsonl."""
+    return len(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"])
 
 
 def _load(setup: Setup, checkpoint: Path | None) -> Bundle:
@@ -192,11 +226,17 @@ def _load(setup: Setup, checkpoint: Path | None) -> Bundle:
     return bundle
 
 
-def _callbacks(directory: RunDirectory, bundle: Bundle, recipe: Recipe, reporter: Reporter) -> list[TrainerCallback]:
+def _callbacks(
+    directory: RunDirectory, bundle: Bundle, recipe: Recipe, reporter: Reporter, stop: StopAtStepEnd
+) -> list[TrainerCallback]:
+    """The order matters: a stop asks for a checkpoint, for which there must be room, and then room for the next."""
     from ernie_align.runs.keep import CheckpointKeeper, MetricsKeeper
+    from ernie_align.runs.space import SpaceKeeper
 
-    limit = recipe.training.get("save_total_limit")
-    return [*reporter.progress(), MetricsKeeper(directory), CheckpointKeeper(directory, bundle, limit)]
+    keeper = CheckpointKeeper(directory, bundle, recipe.training.get("save_total_limit"))
+    if not stop.processes.is_first:
+        return [stop, keeper]
+    return [*reporter.progress(), MetricsKeeper(directory), stop, keeper, SpaceKeeper(directory, reporter.say)]
 
 
 def _first_text_logits(setup: Setup, bundle: Bundle, directory: RunDirectory) -> TextLogits | None:

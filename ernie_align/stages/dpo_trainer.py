@@ -22,6 +22,7 @@ from ernie_align.data.render import IGNORED
 from ernie_align.models.adapters import REFERENCE_ADAPTER
 from ernie_align.models.modality import ModalityTokens, moe_mm_token_type_ids
 from ernie_align.models.routing import expert_flips, record_experts
+from ernie_align.models.seal import beside
 from ernie_align.stages.reference import ReferenceLogps
 from ernie_align.stages.watch import Watch
 
@@ -74,6 +75,10 @@ class PreferenceTrainer(DPOTrainer):
 
     def _send_telemetry(self) -> None:
         """Nothing is sent: a run reaches only the hub ids that its recipe names."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Checkpoints are written beside the whole ones, and named once they are whole (runs.keep)."""
+        return str(beside(super()._get_output_dir(trial)))
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """The rows are encoded already."""

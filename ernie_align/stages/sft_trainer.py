@@ -9,6 +9,7 @@ import torch
 from trl import SFTTrainer
 
 from ernie_align.data.render import IGNORED
+from ernie_align.models.seal import beside
 from ernie_align.stages.watch import Watch
 
 
@@ -28,6 +29,10 @@ class SupervisedTrainer(SFTTrainer):
 
     def _send_telemetry(self) -> None:
         """Nothing is sent: a run reaches only the hub ids that its recipe names."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Checkpoints are written beside the whole ones, and named once they are whole (runs.keep)."""
+        return str(beside(super()._get_output_dir(trial)))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss of a batch, with the routing and the number watched."""

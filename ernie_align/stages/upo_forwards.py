@@ -15,6 +15,7 @@ from ernie_align.data.collate import pad
 from ernie_align.data.render import Renderer
 from ernie_align.models.adapters import REFERENCE_ADAPTER, keep_reference
 from ernie_align.models.modality import ModalityTokens
+from ernie_align.models.seal import beside
 from ernie_align.stages.upo_groups import Group
 from ernie_align.stages.watch import Watch
 
@@ -52,6 +53,10 @@ class WatchedTrainer(GRPOTrainer):
 
     def _send_telemetry(self) -> None:
         """Nothing is sent: a run reaches only the hub ids that its recipe names."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Checkpoints are written beside the whole ones, and named once they are whole (runs.keep)."""
+        return str(beside(super()._get_output_dir(trial)))
 
     def _forbid_modality_tokens(self) -> None:
         """An answer ends where the template ends one, and holds no token that would ask for an image."""

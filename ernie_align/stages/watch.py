@@ -59,7 +59,7 @@ class Watch:
             f"step {step}",
             f"the {what} is {number}",
             why=f"the rows of this step:\n    {rows}",
-            fix="the checkpoints before it are untouched: lower learning_rate or mend the rows, then --resume",
+            fix="mend the rows, then --resume; or begin anew in another run.dir with a lower learning_rate",
         )
 
     def anchored(self, loss: torch.Tensor, model: nn.Module) -> torch.Tensor:
