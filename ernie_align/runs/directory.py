@@ -179,6 +179,7 @@ class RunDirectory:
         if place.exists():
             self.drop_checkpoint(place)
         (self.saving / name).rename(place)
+        self.saving.rmdir()
         flush(self.path)
         return place
 

@@ -16,7 +16,7 @@ from ernie_align.runs.processes import Processes
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 # torch's writer and safetensors' tell of a full disk in words alone
-_DISK_WORDS = ("No space left on device", "Disk quota exceeded", "File too large", "PytorchStreamWriter", "os error")
+_DISK_WORDS = ("No space left on device", "Disk quota exceeded", "File too large", "inline_container", "os error")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,10 @@ class Processes:
 
         self.count = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self.rank = dist.get_rank() if self.count > 1 else 0
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if self.count > 1 else None
+        self._group = self._calls = None
+        if self.count > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            self._calls = dist.new_group(backend="gloo", timeout=_ROLL_CALL)
 
     @property
     def is_first(self) -> bool:
@@ -83,14 +86,23 @@ class Processes:
         return isinstance(error, dist.DistError) or "gloo" in str(error)
 
     def roll_call(self) -> str:
-        """Who is missing, asked once more and for ten seconds at most. Whoever failed asks, and so is here."""
+        """Who does not answer, asked by whoever waited in vain: ten seconds for each at most.
+
+        One that still waits for the lost one may be named beside it.
+        """
+        import torch
         import torch.distributed as dist
 
-        try:
-            dist.monitored_barrier(self._group, timeout=_ROLL_CALL, wait_all_ranks=True)
-        except RuntimeError as error:
-            # the first process hears all others; they hear it alone
-            named = re.search(r"Ranks? ([\d, ]+?) failed to pass monitoredBarrier", str(error))
-            missing = named[1].strip() if named else "0" if self.rank else ""
-            return f"process {missing} does not answer" if missing else "a process does not answer"
-        return "all processes answer now"
+        others = [rank for rank in range(self.count) if rank != self.rank]
+        missing, sent = [], []
+        for rank in others:
+            with suppress(RuntimeError):  # gone: it will not be heard either
+                sent.append(dist.isend(torch.ones(1), rank, group=self._calls))
+        for rank in others:
+            try:
+                dist.recv(torch.empty(1), rank, group=self._calls)
+            except RuntimeError:
+                missing.append(str(rank))
+        if not missing:
+            return "all processes answer now"
+        return f"process{'es' * (len(missing) > 1)} {', '.join(missing)} did not answer"

@@ -79,6 +79,10 @@ def interrupted(directory: RunDirectory, asked: signal.Signals | None, when: str
     return Interrupted.at(str(directory.path), f"stopped by {by} {when}", fix=fix)
 
 
+class NothingLeft(Exception):
+    """The run is resumed at its last step. Trainer would take one more."""
+
+
 class StopAtStepEnd(TrainerCallback):
     """Saves and stops at the end of the step during which a signal came, in all processes at once.
 
@@ -94,6 +98,8 @@ class StopAtStepEnd(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.signals.waits_for_step = True
+        if state.global_step >= state.max_steps:
+            raise NothingLeft
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.processes.any(self.signals.asked is not None):

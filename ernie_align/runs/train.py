@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -119,7 +120,7 @@ def _train(
 
     from ernie_align.runs.endings import explained
     from ernie_align.runs.keep import peak_memory
-    from ernie_align.runs.stopping import StopAtStepEnd
+    from ernie_align.runs.stopping import NothingLeft, StopAtStepEnd
 
     recipe, is_main = setup.recipe, processes.is_first
     for note in setup.notes:
@@ -152,7 +153,10 @@ def _train(
     reporter.say(_pace(config))
     probe = _first_text_logits(setup, bundle, directory)
     with explained(directory, trainer, processes):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except NothingLeft:
+            trainer._finalize_training(None, 0, time.time())
         if stop.stopped:
             raise stop.ended(trainer.state.global_step)
         metrics = trainer.evaluate() if data.eval is not None else {}
