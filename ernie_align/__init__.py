@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "examine", "export", "load_model", "load_recipe", "plan", "run"]
+__all__ = ["evaluate", "examine", "export", "load_model", "load_recipe", "plan", "run", "selfcheck"]
 
 if TYPE_CHECKING:
     from ernie_align.evaluation import evaluate
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ernie_align.models.load import load_model
     from ernie_align.planning import Plan
     from ernie_align.runs import RunResult, examine, load_recipe
+    from ernie_align.runs.selfcheck import Check
 
 _HOMES = {
     "evaluate": "ernie_align.evaluation",
@@ -53,6 +54,21 @@ def plan(recipe: Any, *, overrides: Iterable[str] = (), **hardware: Any) -> Plan
     if CheckpointFiles(checked.model.name).is_folder:  # a run or an adapter is nothing that the hub is asked about
         checked, _ = go_on(checked)
     return plan(checked, **hardware)
+
+
+def selfcheck(recipe: Any, *, overrides: Iterable[str] = (), **how: Any) -> list[Check]:
+    """Whether a recipe routes, resumes, repeats and spreads on this machine, by a few of its own steps.
+
+    recipe: a Recipe, or what load_recipe takes; how: steps, processes and say of runs.selfcheck.
+    """
+    from ernie_align.recipe import Recipe
+    from ernie_align.report.console import hush
+    from ernie_align.runs import load_recipe
+    from ernie_align.runs.selfcheck import selfcheck
+
+    hush()
+    checked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides=overrides)
+    return selfcheck(checked, **how)
 
 
 def __getattr__(name: str) -> Any:  # the public names, imported when they are asked for

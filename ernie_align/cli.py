@@ -1,4 +1,4 @@
-"""The command line: one verb per stage, plus check, plan, eval, report, generate, export, tiny and schema."""
+"""The command line: one verb per stage, and check, plan, selfcheck, eval, report, generate, export, tiny, schema."""
 
 from __future__ import annotations
 
@@ -120,6 +120,33 @@ def plan(
         typer.echo(table((key, "GB", "s a step", ""), rows))
     else:
         typer.echo(as_text(found[""]))
+
+
+@app.command(rich_help_panel="Look")
+def selfcheck(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each run; more find more.")] = 4,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Compare so many with one; otherwise one per accelerator.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Take a few steps of a recipe several ways: does it route, resume and repeat here? Exit code 4 if not."""
+    from dataclasses import asdict
+
+    import ernie_align
+    from ernie_align.report.console import Terminal, verdicts
+
+    terminal = Terminal()
+    say = (lambda line: typer.echo(line, err=True)) if as_json else terminal.say
+    checks = ernie_align.selfcheck(recipe, overrides=overrides or (), steps=steps, processes=processes, say=say)
+    if as_json:
+        typer.echo(json.dumps([asdict(check) for check in checks], indent=2))
+    else:
+        terminal.console.print(verdicts((check.name, check.verdict, check.what) for check in checks))
+    if any(check.verdict == "fail" for check in checks):
+        raise typer.Exit(4)
 
 
 @app.command("eval", rich_help_panel="Look")
@@ -368,8 +395,8 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema({name: stage.recipe for name, stage in STAGES.items()}), indent=2))
 
 
-# 4 is a missed requirement of eval. 75 is sysexits' EX_TEMPFAIL, "try again": a bare 143 is also what a process leaves
-# that was killed and saved nothing.
+# 4 is a missed requirement of eval, or a check that failed. 75 is sysexits' EX_TEMPFAIL, "try again": a bare 143 is
+# also what a process leaves that was killed and saved nothing.
 _EXIT_CODES = {Interrupted: 75, RecipeError: 2, RunError: 3, AlignError: 1}
 
 

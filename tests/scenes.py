@@ -23,11 +23,11 @@ PATIENCE = 3  # seconds that one process waits for another (ddp_timeout)
 
 
 def processes(
-    folder: Path, name: str, work: Callable[[int], None], *, count: int, limit: float, one: bool = False
+    folder: Path, name: str, work: Callable[[int], None], *, count: int, only_first: bool = False
 ) -> dict[str, Any]:
-    """So many processes in a group of their own, which gloo joins. Those left after `limit` s are killed.
+    """So many processes in groups of their own, which gloo joins. Those that are left after LIMIT are killed.
 
-    one: wait for the first alone.
+    only_first: wait for the first alone.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -86,17 +86,18 @@ def main(folder: Path) -> None:
 
     def recipe(name: str, **training: Any) -> dict[str, Any]:
         made = recipe_for("lora", "dense", folder, folder / name)
-        made["training"] |= {"per_device_train_batch_size": 2, "ddp_timeout": PATIENCE, **training}
+        made["training"] |= {
+            "per_device_train_batch_size": 2,
+            "ddp_timeout": PATIENCE,
+            "eval_steps": 100,  # a stop leaves out the evaluation of its step, and with it the numbers that it would draw
+            **training,
+        }
         return made
 
     told = {}
     group = recipe("group", dataloader_num_workers=1)
     told["group"] = processes(
-        folder,
-        "group",
-        lambda rank: train(group, step=1, act=lambda: os.killpg(0, signal.SIGTERM)),
-        count=1,
-        limit=LIMIT,
+        folder, "group", lambda rank: train(group, step=1, act=lambda: os.killpg(0, signal.SIGTERM)), count=1
     )
     acts = {
         "dies": lambda: os.kill(os.getpid(), signal.SIGKILL),

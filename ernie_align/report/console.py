@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -144,6 +144,15 @@ class Terminal:
             "bit-identical before and after" if unchanged else "CHANGED, though nothing was trained that text touches"
         )
         self.console.print(f"text-only logits ({what}): {verdict}", style="bold green" if unchanged else "bold red")
+
+
+def verdicts(rows: Iterable[tuple[str, str, str]]) -> Table:
+    """(what was checked, pass or fail or neither, in words) as a table."""
+    styles = {"pass": "green", "fail": "bold red"}
+    table = Table("check", "verdict", "what was found", show_lines=True)
+    for name, verdict, what in rows:
+        table.add_row(name, Text(verdict, styles.get(verdict, "dim")), escape(what))
+    return table
 
 
 def hush() -> None:
