@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ernie_align.redact import redacted
+
 
 @dataclass(frozen=True)
 class Fault:
     """One thing that is wrong.
 
     where: `file:line:column  key`, `file:line`, a row, a folder; what: what is wrong there;
-    why: the reason, where it is not obvious; fix: the next move.
+    why: the reason, where it is not obvious; fix: the next move. Told without secrets: other libraries' words may hold
+    an address or a header.
     """
 
     where: str
@@ -20,7 +23,7 @@ class Fault:
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what
-        return "\n".join([head, *(f"    {line}" for line in (self.why, self.fix) if line)])
+        return redacted("\n".join([head, *(f"    {line}" for line in (self.why, self.fix) if line)]))
 
 
 class AlignError(Exception):

@@ -89,7 +89,7 @@ def main(folder: Path) -> None:
         made["training"] |= {
             "per_device_train_batch_size": 2,
             "ddp_timeout": PATIENCE,
-            "eval_steps": 100,  # a stop leaves out the evaluation of its step, and with it the numbers that it would draw
+            "eval_steps": 100,  # a stop leaves out the evaluation of its step, and the random numbers it would draw
             **training,
         }
         return made

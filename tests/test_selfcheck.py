@@ -6,11 +6,13 @@ import json
 import sys
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
 from ernie_align import selfcheck
 from ernie_align.cli import app
+from ernie_align.models.modality import derive_modality
 from ernie_align.runs import routed
 from ernie_align.runs import selfcheck as room
 from tests.conftest import recipe_of
@@ -44,8 +46,16 @@ def test_a_sound_recipe_passes_and_its_run_directory_is_not_touched(recipe, tmp_
 
 def test_a_model_that_does_not_route_fails(recipe, monkeypatch):
     """Image tokens go to the text experts, as in the stock stack."""
-    monkeypatch.setattr("ernie_align.models.load.route_by_input_ids", lambda backbone: None)
-    monkeypatch.setattr("ernie_align.models.load.dispatch_by_rows", lambda backbone: None, raising=False)
+
+    def astray(backbone):
+        def derive(module, args, kwargs):
+            args, kwargs = derive_modality(module, args, kwargs)
+            pools = torch.zeros_like(kwargs["moe_mm_token_type_ids"])
+            return args, {**kwargs, "moe_mm_token_type_ids": pools}
+
+        backbone.register_forward_pre_hook(derive, with_kwargs=True, prepend=True)
+
+    monkeypatch.setattr("ernie_align.models.load.route_by_input_ids", astray)
     checks = selfcheck(recipe, steps=2)
     assert [check.verdict for check in checks] == ["fail"] + ["not applicable"] * 4
     assert "reached the vision pool" in checks[0].what
@@ -56,8 +66,6 @@ def test_what_is_not_the_same_twice_fails(recipe, monkeypatch):
 
     class Restless(routed.RoutedCounter):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
-            import torch
-
             unseeded = torch.Generator()
             unseeded.seed()
             for parameter in model.parameters():

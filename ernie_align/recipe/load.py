@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from ernie_align.errors import Fault, RecipeError
 from ernie_align.recipe.document import MAX_BYTES, Document, apply_overrides, dotted, parse_document
 from ernie_align.recipe.schema import Block, Recipe
+from ernie_align.recipe.secrets import refuse_secrets
 
 B = TypeVar("B", bound=Block)
 
@@ -48,6 +49,7 @@ def load_recipe(
         raise RecipeError.at(document.place(()), "a recipe is a mapping of keys", fix="begin with stage:")
     overrides = list(overrides)
     apply_overrides(document, overrides)
+    refuse_secrets(document)
     cls = _recipe_class(document, stages, stage)
     recipe, faults = _judge(document, cls)
     if faults:
@@ -65,6 +67,7 @@ def load_block(source: str | Path | Mapping[str, Any], cls: type[B], *, name: st
     document = _document(source, name)
     if not isinstance(document.values, dict):
         raise RecipeError.at(document.place(()), f"a {name} is a mapping of keys")
+    refuse_secrets(document)
     try:
         block = cls.model_validate(document.values)
     except ValidationError as error:

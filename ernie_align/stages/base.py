@@ -42,6 +42,8 @@ OWNED_BY_EVERY_STAGE: Mapping[str, str] = {
     "do_predict": "run ernie-align eval",
     "use_cache": "drop it: training never uses a cache",
     "logging_nan_inf_filter": "drop it: a run stops at a loss or gradient that is not finite",
+    "hub_token": "drop it: set HF_TOKEN, or run hf auth login",
+    "enable_jit_checkpoint": "drop it: a run saves and stops at SIGTERM by itself",
     "hub_model_id": "drop it: push the finished folder, so that nothing half-done is ever published",
     "push_to_hub": "drop it: push the finished folder, so that nothing half-done is ever published",
 }
