@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ernie_align.redact import redacted
+
+# What a row or a path may hold and a terminal must not be handed: controls, and halves of characters.
+_CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class Fault:
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what
-        return redacted("\n".join([head, *(f"    {line}" for line in (self.why, self.fix) if line)]))
+        text = redacted("\n".join([head, *(f"    {line}" for line in (self.why, self.fix) if line)]))
+        return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 class AlignError(Exception):

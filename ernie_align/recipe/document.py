@@ -16,7 +16,7 @@ Path = tuple[str | int, ...]
 COMMAND_LINE = "command line"
 MAX_BYTES = 4 << 20  # of a recipe, or of a file that one names
 MAX_DEPTH = 50
-MAX_VALUES = 100_000
+MAX_VALUES = 20_000
 _TOO_MUCH = f"over {MAX_VALUES:,} values, or nested over {MAX_DEPTH} deep, once its aliases are written out"
 
 # The scalars of YAML 1.2's core schema. PyYAML speaks 1.1, where 1e-4 is text, `no` is false and 010 is eight:
