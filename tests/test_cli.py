@@ -122,7 +122,16 @@ def test_the_public_names():
     from ernie_align import evaluate, export, load_model, load_recipe, plan, run
 
     assert all(callable(name) for name in (evaluate, export, load_model, load_recipe, plan, run))
-    assert set(ernie_align.__all__) == {"evaluate", "examine", "export", "load_model", "load_recipe", "plan", "run"}
+    assert set(ernie_align.__all__) == {
+        "evaluate",
+        "examine",
+        "export",
+        "load_model",
+        "load_recipe",
+        "plan",
+        "run",
+        "selfcheck",
+    }
     with pytest.raises(AttributeError):
         ernie_align.nothing  # noqa: B018
 
