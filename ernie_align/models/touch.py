@@ -6,6 +6,9 @@ nor the vision experts; beside a batch with images its process waits for ever. S
 tower and resampler and one token through the vision pool of each layer, and adds *none of the rows* of what comes out:
 the sum of an empty slice changes no bit, and hands every weight on its way a gradient of zeros.
 
+What no process has seen an image for since the last step gets no gradient, as on one process: an optimizer takes zeros
+for a reason to move on by its momentum, and to decay weights.
+
 Nothing is computed where the batch has images, nor of parts that are neither trained nor sharded. Text needs no such
 thing: without text tokens the text pool is given an empty batch, which touches it.
 """
@@ -38,6 +41,7 @@ def touch_vision(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
     """
     shown = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
     if any(kwargs.get(name) is not None for name in shown):
+        backbone.has_learned_from_images |= torch.is_grad_enabled()
         return None
     tower, resampler = backbone.vision_tower, backbone.resampler_model
     if not others_wait_for(tower, resampler):
@@ -71,7 +75,24 @@ def touch_every_pool(backbone: nn.Module) -> None:
     """Install both on an `Ernie4_5_VLMoeModel` whose tokens are dispatched by rows. Twice is once."""
     if touch_vision in backbone._forward_pre_hooks.values():
         return
+    backbone.has_learned_from_images = False  # since the last step of the optimizer
     backbone.register_forward_pre_hook(touch_vision, with_kwargs=True)
     for layer in backbone.language_model.layers:
         if isinstance(layer.mlp, RowMoeBlock):
             layer.mlp.register_forward_hook(touch_vision_pool)
+
+
+def touched_backbone(model: nn.Module) -> nn.Module | None:
+    """The backbone in a model that `touch_every_pool` was installed on, if it was."""
+    return next((module for module in model.modules() if touch_vision in module._forward_pre_hooks.values()), None)
+
+
+def drop_gradients_of_nothing(backbone: nn.Module) -> None:
+    """Between backward pass and optimizer, on every process: what no process showed an image to is not stepped."""
+    seen = torch.tensor(int(backbone.has_learned_from_images), device=next(backbone.parameters()).device)
+    torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
+    backbone.has_learned_from_images = False
+    if not seen:
+        pools = [layer.mlp.vision_moe for layer in backbone.language_model.layers if isinstance(layer.mlp, RowMoeBlock)]
+        for part in (backbone.vision_tower, backbone.resampler_model, *pools):
+            part.zero_grad(set_to_none=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ernie_align.errors import RunError
 from ernie_align.models.routing import check_routing, count_routed_tokens, pool_blocks
+from ernie_align.models.touch import drop_gradients_of_nothing, touched_backbone
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,7 @@ class Watch:
 
     def __init__(self, model: nn.Module, row_name: Callable[[int, int], str]):
         self.blocks = pool_blocks(model)
+        self.backbone = touched_backbone(model)  # None on one process
         self.row_name = row_name
         self.rows: list[tuple[int, int]] = []  # of the step so far
 
@@ -70,6 +72,13 @@ class Watch:
         if not model.training or loss.requires_grad:
             return loss
         return loss + 0 * sum(weight.sum() for weight in model.parameters() if weight.requires_grad)
+
+    def gradient(self, norm: torch.Tensor | float, step: int) -> None:
+        """The last moment before the optimizer: stop at a norm that is no number, and let nothing move without cause."""
+        self.finite(norm, "gradient", step)
+        if self.backbone is not None:
+            drop_gradients_of_nothing(self.backbone)
+        self.step_done()
 
     def step_done(self) -> None:
         """Forget the rows of the step."""
