@@ -18,6 +18,7 @@ from typing import Any
 from tests.conftest import ROOT, recipe_of, run_quietly, write_rows
 
 GLOBAL_BATCH = 4
+GENERATIONS = 4
 SCOPES = ("attention", "dense_mlp", "shared_experts", "text_experts", "vision_experts")
 SCOPES += ("text_router", "vision_router", "vision_tower", "resampler")
 VISION = ["vision_experts", "vision_router", "vision_tower", "resampler"]
@@ -66,12 +67,15 @@ def make_rows(folder: Path, digits: Path) -> None:
         for row in plain
     ]
     mixed(asked("preferences-val.jsonl"), pairs, "pairs")
+    prompts = [{"prompt": row["prompt"], "images": []} for row in pairs]
+    shown = [{"prompt": row["messages"][:1], "images": row["images"]} for row in asked("val.jsonl")]
+    mixed(shown, prompts, "prompts")
 
 
 def recipe(case: str, folder: Path, model: Path, processes: int) -> dict[str, Any]:
     """A case is a stage and what it trains: sft-all, lora-vision_experts, dpo-adapter, ..."""
     stage, _, what = case.partition("-")
-    rows = folder / {"sft": "rows", "lora": "rows", "dpo": "pairs", "upo": "rows"}[stage]
+    rows = folder / {"sft": "rows", "lora": "rows", "dpo": "pairs", "upo": "prompts"}[stage]
     made = recipe_of(stage, model, rows.with_suffix(".jsonl"), folder / f"{case}-{processes}")
     made["training"] |= {
         "max_steps": 10,
@@ -89,11 +93,57 @@ def recipe(case: str, folder: Path, model: Path, processes: int) -> dict[str, An
             made["tune"] = {"scopes": "all"}
         else:
             made["adapter"] = {**adapter, "scopes": [*VISION, "attention", "text_experts"]}
+    if stage == "upo":
+        made["adapter"] = {**adapter, "scopes": [*VISION, "attention", "text_experts"]}
+        made["rewards"] = [
+            {"name": "contains", "text": "e", "label": "has_e"},
+            {"name": "contains", "text": "a", "label": "has_a", "weight": 0.3},
+        ]
+        all_teach = {"always_right": False, "always_wrong": False, "refills": 0}
+        made["upo"] = {"num_generations": GENERATIONS, "max_completion_length": 6, "filter": all_teach}
+        made["training"].pop("train_sampling_strategy")
+        made["training"]["per_device_train_batch_size"] *= GENERATIONS
     return made
 
 
-def launch(folder: Path, model: Path, processes: int, cases: list[str], timeout: float = 600) -> None:
-    """Run the cases in so many processes. Raises AssertionError with what the first failing process said."""
+def draw_by_place() -> None:
+    """Draw each completion by its place in its group alone: `generate` draws a batch from one stream of numbers, so that
+    a rollout dealt to two processes would be another one."""
+    import torch
+
+    def drawn(probabilities: torch.Tensor, num_samples: int) -> torch.Tensor:
+        place = torch.arange(len(probabilities)) % GENERATIONS
+        quantile = (place[:, None] + 0.5) / GENERATIONS
+        return (probabilities.cumsum(dim=-1) < quantile).sum(dim=-1, keepdim=True)
+
+    torch.multinomial = drawn
+
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Ernie4_5_VLMoeDecoderLayer,Ernie4_5_VLMoeVisionBlock,Ernie4_5_VLMoeMoeTopKRouter",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+def shard_on_the_cpu() -> None:
+    """Accelerate takes FSDP for DDP where there is no accelerator, and says nothing. The rest of it works on gloo as
+    on NCCL once its state says that there is one."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState()
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def launch(
+    folder: Path, model: Path, processes: int, cases: list[str], *, fsdp2: bool = False, timeout: float = 600
+) -> None:
+    """Run the cases in so many processes. Raises AssertionError with what they said where one fails."""
     import socket
 
     with socket.socket() as free:
@@ -106,6 +156,8 @@ def launch(folder: Path, model: Path, processes: int, cases: list[str], timeout:
         if processes > 1:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
             env |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
+        if fsdp2:
+            env |= FSDP2
         log = (folder / f"process-{rank}-of-{processes}.log").open("w")
         started.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT))
     try:
@@ -122,6 +174,9 @@ def main() -> None:
     from ernie_align.report.console import hush
 
     hush()
+    draw_by_place()
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        shard_on_the_cpu()
     folder, model, *cases = sys.argv[1:]
     for case in cases:
         run_quietly(recipe(case, Path(folder), Path(model), int(os.environ.get("WORLD_SIZE", 1))))
