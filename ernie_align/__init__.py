@@ -31,10 +31,11 @@ def run(recipe: Any, *, resume: bool = False) -> RunResult:
     from ernie_align.recipe import Recipe
     from ernie_align.report.console import Terminal, hush
     from ernie_align.runs import load_recipe, run
+    from ernie_align.runs.processes import meet
 
     hush()
     checked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    return run(checked, resume=resume, reporter=Terminal(speaks=_is_first_process()))
+    return run(checked, resume=resume, reporter=Terminal(speaks=meet().is_main_process))
 
 
 def plan(recipe: Any, *, overrides: Iterable[str] = (), **hardware: Any) -> Plan:
@@ -51,12 +52,6 @@ def plan(recipe: Any, *, overrides: Iterable[str] = (), **hardware: Any) -> Plan
     if CheckpointFiles(checked.model.name).is_folder:  # a run or an adapter is nothing that the hub is asked about
         checked, _ = go_on(checked)
     return plan(checked, **hardware)
-
-
-def _is_first_process() -> bool:
-    from accelerate import PartialState
-
-    return PartialState().is_main_process
 
 
 def __getattr__(name: str) -> Any:  # the public names, imported when they are asked for

@@ -16,6 +16,7 @@ from ernie_align.models.pixels import pixel_backend
 from ernie_align.models.scopes import Coverage, coverage
 from ernie_align.recipe import Recipe, to_yaml
 from ernie_align.runs.directory import RunDirectory, step_of
+from ernie_align.runs.processes import meet, prepare_processes, prove_processes
 from ernie_align.runs.setup import Setup, prepare_data, set_up
 from ernie_align.stages import Batches
 from ernie_align.stages.base import inherited_defaults
@@ -66,12 +67,11 @@ def run(recipe: Recipe, *, resume: bool = False, reporter: Reporter) -> RunResul
     resume: go on from the newest whole checkpoint in run.dir, or begin if there is none; a finished run stays as it is.
     Raises the AlignError that fits; whatever ends the run, its whole checkpoints stay.
     """
-    from accelerate import PartialState
-
-    state = PartialState()
+    state = meet()
     directory = RunDirectory(recipe.run.dir, where=recipe.run.where("dir"))
     setup = set_up(recipe)
     recipe = setup.recipe
+    prepare_processes(state, setup.anatomy.family)
     config = setup.stage.configure(recipe, recipe.run.dir)  # what TRL refuses is refused before anything is made
     try:
         if state.is_main_process:
@@ -127,6 +127,7 @@ def _train(
     callbacks = _callbacks(directory, bundle, recipe, reporter) if is_main else []
     trainer = setup.stage.build_trainer(recipe, config, bundle, batches, callbacks)
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict
+    reporter.say(prove_processes(trainer.accelerator))
     reporter.say(_pace(config))
     probe = _first_text_logits(setup, bundle, directory)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -45,7 +45,7 @@ class SupervisedTrainer(SFTTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm that Trainer is about to log: the last moment before the optimizer would spoil the weights."""
         norm = super()._get_grad_norm(model, grad_norm)
-        self.watch.gradient(norm, self.state.global_step + 1)
+        self.watch.gradient(norm, self.state.global_step + 1, self.model)
         return norm
 
     def _count_evaluated(self, loss: torch.Tensor, labels: torch.Tensor) -> None:

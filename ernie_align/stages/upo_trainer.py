@@ -109,7 +109,7 @@ class UnifiedTrainer(RolloutTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm that Trainer is about to log: the last moment before the optimizer would spoil the weights."""
         norm = super()._get_grad_norm(model, grad_norm)
-        self.watch.gradient(norm, self.state.global_step + 1)
+        self.watch.gradient(norm, self.state.global_step + 1, self.model)
         return norm
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
