@@ -120,10 +120,10 @@ def draw_by_place() -> None:
 
 
 FSDP2 = {
+    "ACCELERATE_TORCH_DEVICE": "cpu",
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Ernie4_5_VLMoeDecoderLayer,Ernie4_5_VLMoeVisionBlock,Ernie4_5_VLMoeMoeTopKRouter",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
@@ -131,13 +131,14 @@ FSDP2 = {
 
 
 def shard_on_the_cpu() -> None:
-    """Accelerate takes FSDP for DDP where there is no accelerator, and says nothing. The rest of it works on gloo as
-    on NCCL once its state says that there is one."""
+    """Accelerate takes FSDP for DDP where there is no accelerator, and says nothing. All the rest of it works on gloo as
+    on NCCL, once its state says that the processes have GPUs."""
+    import torch
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
-    PartialState()
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    torch.distributed.init_process_group("gloo")
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 
 
 def launch(
@@ -179,6 +180,7 @@ def main() -> None:
         shard_on_the_cpu()
     folder, model, *cases = sys.argv[1:]
     for case in cases:
+        os.environ.pop("FSDP_TRANSFORMER_CLS_TO_WRAP", None)  # of the case before
         run_quietly(recipe(case, Path(folder), Path(model), int(os.environ.get("WORLD_SIZE", 1))))
 
 

@@ -47,10 +47,11 @@ def touch_vision(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
     if not others_wait_for(tower, resampler):
         return None
     side = tower.spatial_merge_size  # patches of the smallest image: one token
-    device = kwargs["input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"].device
+    if kwargs.get("inputs_embeds") is None:  # first of all, as where an image is shown: shards come in one order
+        kwargs["inputs_embeds"] = backbone.get_input_embeddings()(kwargs["input_ids"])
+    device = kwargs["inputs_embeds"].device
     patch = tower.patch_embed
-    width = patch.in_channels * patch.patch_size**2
-    pixels = torch.zeros(side * side, width, device=device)
+    pixels = torch.zeros(side * side, patch.in_channels * patch.patch_size**2, device=device)
     seen = backbone.get_image_features(pixels, torch.tensor([[1, side, side]], device=device), return_dict=True)
     seen.pooler_output = tuple(tokens[:0] for tokens in seen.pooler_output)
     kwargs["mm_encoder_outputs"] = {"image": seen}

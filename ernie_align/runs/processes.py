@@ -31,12 +31,14 @@ def asked_for() -> str | None:
     return next((kind for name, kind in _ASKED.items() if os.environ.get(name, "").lower() == "true"), None)
 
 
-def prepare_processes(state: PartialState, family: str) -> None:
+def prepare_processes(state: PartialState, family: str, *, adapters: bool) -> None:
     """Before anything is loaded: refuse what Accelerate would take for something else, and say how the family is cut.
 
     Raises RunError. Class names that the launcher's config gives are left as they are.
     """
     asked, units = asked_for(), UNITS[family]
+    # adapters are of one dtype, and PEFT adds one to a router's weight outside the router: it must be whole there
+    apart = () if adapters else units.routers
     if asked and state.distributed_type.value in ("NO", "MULTI_CPU"):
         raise RunError.at(
             "launcher",
@@ -47,7 +49,7 @@ def prepare_processes(state: PartialState, family: str) -> None:
     if asked == "FSDP":
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise RunError.at("launcher", "FSDP of version 1", fix="set fsdp_version: 2, or launch with fsdp2")
-        os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(units.layers + units.routers))
+        os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(units.layers + apart))
     elif asked == "DEEPSPEED" and units.experts:
         os.environ.setdefault("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", ",".join(units.experts))
 

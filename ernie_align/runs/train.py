@@ -71,7 +71,7 @@ def run(recipe: Recipe, *, resume: bool = False, reporter: Reporter) -> RunResul
     directory = RunDirectory(recipe.run.dir, where=recipe.run.where("dir"))
     setup = set_up(recipe)
     recipe = setup.recipe
-    prepare_processes(state, setup.anatomy.family)
+    prepare_processes(state, setup.anatomy.family, adapters=getattr(recipe, "adapter", None) is not None)
     config = setup.stage.configure(recipe, recipe.run.dir)  # what TRL refuses is refused before anything is made
     try:
         if state.is_main_process:
@@ -129,7 +129,7 @@ def _train(
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict
     reporter.say(prove_processes(trainer.accelerator))
     reporter.say(_pace(config))
-    probe = _first_text_logits(setup, bundle, directory)
+    probe = _first_text_logits(setup, bundle, directory, is_main)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics = trainer.evaluate() if data.eval is not None else {}
     unchanged = None
@@ -200,7 +200,7 @@ def _callbacks(directory: RunDirectory, bundle: Bundle, recipe: Recipe, reporter
     return [*reporter.progress(), MetricsKeeper(directory), CheckpointKeeper(directory, bundle, limit)]
 
 
-def _first_text_logits(setup: Setup, bundle: Bundle, directory: RunDirectory) -> TextLogits | None:
+def _first_text_logits(setup: Setup, bundle: Bundle, directory: RunDirectory, is_main: bool) -> TextLogits | None:
     """Where nothing is trained that text touches: what the model said to text when the run began.
 
     Taken once the trainer has put the model on its device; a resumed run goes by what its first start kept.
@@ -211,7 +211,8 @@ def _first_text_logits(setup: Setup, bundle: Bundle, directory: RunDirectory) ->
     if kept is not None:
         return TextLogits(**kept)
     probe = text_logits(bundle)
-    directory.note(text_logits=asdict(probe))
+    if is_main:
+        directory.note(text_logits=asdict(probe))
     return probe
 
 

@@ -23,10 +23,11 @@ from ernie_align.models.adapters import REFERENCE_ADAPTER
 from ernie_align.models.modality import ModalityTokens, moe_mm_token_type_ids
 from ernie_align.models.routing import expert_flips, record_experts
 from ernie_align.stages.reference import ReferenceLogps
+from ernie_align.stages.sharded import ShardedTrainer
 from ernie_align.stages.watch import Watch
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(ShardedTrainer, DPOTrainer):
     """DPOTrainer over encoded pairs.
 
     keeps_adapter: the policy goes on with an adapter, whose first state is the reference (otherwise adapters off, or

@@ -9,10 +9,11 @@ import torch
 from trl import SFTTrainer
 
 from ernie_align.data.render import IGNORED
+from ernie_align.stages.sharded import ShardedTrainer
 from ernie_align.stages.watch import Watch
 
 
-class SupervisedTrainer(SFTTrainer):
+class SupervisedTrainer(ShardedTrainer, SFTTrainer):
     """SFTTrainer over encoded rows.
 
     row_name: (source, row) -> the row's name. Other arguments are TRL's.
