@@ -1,8 +1,8 @@
 """How a family is cut where its weights are spread over processes: which classes make a unit of their own.
 
 Routers and correction biases stay float32 beside bfloat16 weights, and FSDP2 takes one dtype for what is trained in a
-unit: in full fine-tuning each router is a unit apart. Under ZeRO-3 a pool of experts is a leaf, fetched as one whichever of its experts the
-tokens of a process go to.
+unit: in full fine-tuning each router is a unit apart. Under ZeRO-3 a pool of experts is a leaf, fetched as one,
+whichever of its experts the tokens of a process go to.
 """
 
 from __future__ import annotations

@@ -56,12 +56,12 @@ def prepare_processes(state: PartialState, family: str, *, adapters: bool) -> No
 
 def prove_processes(accelerator: Accelerator) -> str:
     """One line about what the processes are. Raises RunError where that is not what was asked for."""
-    found = accelerator.distributed_type.value
-    asked = asked_for()
-    if (asked or found) != found or accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        what = f"{asked or 'processes'} of {os.environ.get('WORLD_SIZE', 1)} were asked for, and these are"
-        raise RunError.at("launcher", f"{what} {found} of {accelerator.num_processes}", fix="mend the launcher's config")
-    kind = "FSDP2" if accelerator.is_fsdp2 else {"NO": "no group", "MULTI_GPU": "DDP", "MULTI_CPU": "DDP"}.get(found, found)
-    if accelerator.num_processes == 1 and found == "NO":
+    found, count = accelerator.distributed_type.value, accelerator.num_processes
+    asked, wanted = asked_for(), int(os.environ.get("WORLD_SIZE", 1))
+    if (asked or found) != found or count != wanted:
+        what = f"{asked or 'processes'} of {wanted} were asked for, and these are {found} of {count}"
+        raise RunError.at("launcher", what, fix="mend the launcher's config")
+    if found == "NO":
         return f"one process on {accelerator.device}"
-    return f"{accelerator.num_processes} processes on {accelerator.device.type}: {kind} over {accelerator.state.backend}"
+    kind = "FSDP2" if accelerator.is_fsdp2 else "DDP" if found.startswith("MULTI_") else found
+    return f"{count} processes on {accelerator.device.type}: {kind} over {accelerator.state.backend}"

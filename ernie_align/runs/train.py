@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ernie_align.data.load import SourceCount
 from ernie_align.data.preview import Stretch, as_text, preview
+from ernie_align.errors import AlignError, RunError
 from ernie_align.models.certificate import TextLogits, text_logits
 from ernie_align.models.environment import environment
 from ernie_align.models.load import Bundle, load_model
@@ -22,6 +23,7 @@ from ernie_align.stages import Batches
 from ernie_align.stages.base import inherited_defaults
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
     from transformers import TrainerCallback
 
 
@@ -74,9 +76,7 @@ def run(recipe: Recipe, *, resume: bool = False, reporter: Reporter) -> RunResul
     prepare_processes(state, setup.anatomy.family, adapters=getattr(recipe, "adapter", None) is not None)
     config = setup.stage.configure(recipe, recipe.run.dir)  # what TRL refuses is refused before anything is made
     try:
-        if state.is_main_process:
-            _begin(directory, recipe, resume)
-        state.wait_for_everyone()
+        _begin_together(directory, recipe, config, resume, state)
         if directory.final.exists():
             reporter.say(f"{directory.path} is finished already")
             return RunResult(directory.path, directory.final, {}, directory.facts().get("text_unchanged"))
@@ -85,12 +85,29 @@ def run(recipe: Recipe, *, resume: bool = False, reporter: Reporter) -> RunResul
         directory.release()
 
 
-def _begin(directory: RunDirectory, recipe: Recipe, resume: bool) -> None:
+def _begin_together(directory: RunDirectory, recipe: Recipe, config: Any, resume: bool, state: PartialState) -> None:
+    """The first process takes the folder. Where it cannot, none goes on to wait for it."""
+    from accelerate.utils import broadcast_object_list
+
+    fault: AlignError | None = None
+    if state.is_main_process:
+        try:
+            _begin(directory, recipe, resume, _examples_a_step(config))
+        except AlignError as error:
+            fault = error
+    (may_begin,) = broadcast_object_list([fault is None])
+    if fault is not None:
+        raise fault
+    if not may_begin:
+        raise RunError.at(directory.where, "the first process could not begin", fix="see what it says")
+
+
+def _begin(directory: RunDirectory, recipe: Recipe, resume: bool, examples_a_step: int) -> None:
     resolved = to_yaml(recipe)
-    if not directory.begin(resolved, resume=resume):
+    if not directory.begin(resolved, resume=resume, examples_a_step=examples_a_step):
         directory.write("recipe.yaml", recipe.as_given)
         directory.write("recipe.resolved.yaml", resolved)
-        directory.note(environment=environment())
+        directory.note(environment=environment(), examples_a_step=examples_a_step)
 
 
 def _train(
@@ -129,6 +146,9 @@ def _train(
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict
     reporter.say(prove_processes(trainer.accelerator))
     reporter.say(_pace(config))
+    repeated = _repeated(config, data.train)
+    if repeated:
+        reporter.say(f"the last batches of an epoch see {repeated} examples again, so that all processes have as many")
     probe = _first_text_logits(setup, bundle, directory, is_main)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics = trainer.evaluate() if data.eval is not None else {}
@@ -152,13 +172,25 @@ def _train(
     return RunResult(directory.path, directory.final, metrics, unchanged)
 
 
+def _examples_a_step(config: Any) -> int:
+    """Of all processes."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+
+
 def _pace(config: Any) -> str:
     """What the steps are, most of it often TRL's defaults."""
-    size = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    size = _examples_a_step(config)
     length = f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs:g} epochs"
     checkpointing = "on" if config.gradient_checkpointing else "off"
     rate = f"learning rate {config.learning_rate:g}, {config.lr_scheduler_type.value!s}"
     return f"{length} of {size} examples, {rate}, gradient checkpointing {checkpointing}"
+
+
+def _repeated(config: Any, examples: Any) -> int:
+    """Examples that fill the last batches of an epoch, of several processes, to one size."""
+    if config.world_size == 1 or config.dataloader_drop_last or not hasattr(examples, "__len__"):
+        return 0
+    return -len(examples) % (config.per_device_train_batch_size * config.world_size)
 
 
 def _where_to_go_on(directory: RunDirectory, reporter: Reporter, is_main: bool) -> Path | None:

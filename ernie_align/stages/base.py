@@ -143,6 +143,9 @@ def inherited_defaults(recipe: Recipe) -> dict[str, Any]:
     if "WORLD_SIZE" in os.environ:  # launched
         # every process touches every part (models.touch): a search for unused ones costs time, and finds them falsely
         defaults["ddp_find_unused_parameters"] = False
+        if recipe.data.streaming:
+            # by default one process reads for all and cuts its batches in even pieces, which images have not
+            defaults["accelerator_config"] = {"dispatch_batches": False}
     if recipe.data.eval and "eval_steps" in recipe.training:
         defaults["eval_strategy"] = "steps"
     return {key: value for key, value in defaults.items() if key not in recipe.training}

@@ -9,6 +9,7 @@ import torch
 from trl import SFTTrainer
 
 from ernie_align.data.render import IGNORED
+from ernie_align.stages.evaluated import fresh_rows
 from ernie_align.stages.sharded import ShardedTrainer
 from ernie_align.stages.watch import Watch
 
@@ -33,6 +34,8 @@ class SupervisedTrainer(ShardedTrainer, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss of a batch, with the routing and the number watched."""
         vision_tokens = self.watch.take(inputs)
+        if not self.model.training:
+            inputs["labels"][fresh_rows(self.accelerator, len(inputs["labels"])) :] = IGNORED
         with self.watch.forward(vision_tokens, inputs["input_ids"].numel()):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result

@@ -39,9 +39,11 @@ class ShardedTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         adapter = hasattr(self.model, "peft_config")
+        names = {name for name, _ in self.model.named_parameters()}  # a tied weight once
+        names |= {name for name, _ in self.model.named_buffers()}
         state: dict[str, Tensor] = {}
         for name, value in self.model.state_dict().items():
-            if adapter and ".lora_" not in name:
+            if name not in names or (adapter and ".lora_" not in name):
                 continue
             whole = (value.full_tensor() if isinstance(value, DTensor) else value).detach()
             if self.args.should_save:
@@ -82,7 +84,7 @@ class ShardedTrainer(Trainer):
 
 
 def training_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Trained weights, and what the optimizer keeps of each, by name: the shards of this process where there are any."""
+    """Trained weights, and what the optimizer keeps of each, by name: of this process's shards where it has such."""
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     moments = {name: dict(optimizer.state[weight]) for name, weight in trained.items() if weight in optimizer.state}
     return {"weights": {name: weight.detach() for name, weight in trained.items()}, "moments": moments}

@@ -15,6 +15,7 @@ from ernie_align import losses
 from ernie_align.data.collate import model_inputs
 from ernie_align.data.render import IGNORED
 from ernie_align.models.adapters import REFERENCE_ADAPTER
+from ernie_align.stages.evaluated import over_processes
 from ernie_align.stages.upo_pairs import OfflinePairs
 from ernie_align.stages.upo_rollouts import RolloutTrainer
 
@@ -136,6 +137,8 @@ class UnifiedTrainer(RolloutTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, and a warning where the policy runs away."""
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode].update(over_processes(self._metrics[mode]))
         values = {name: sum(found) / len(found) for name, found in self._metrics["train"].items() if found}
         length, kl = values.get("completions/mean_length"), values.get("kl")
         if self.model.training and length is not None:
