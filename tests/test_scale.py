@@ -32,7 +32,10 @@ def test_two_processes_are_one(folder, checkpoints, case, monkeypatch):
     monkeypatch.setattr(torch, "multinomial", scale_cases.draw_by_place)
     run_case(case, folder, checkpoints["vl_moe"], STEPS)
     assert len(logged(run_dir(case, folder, 2))) == STEPS
-    assert apart(run_dir(case, folder, 1), run_dir(case, folder, 2)) <= BOUND
+    one, two = run_dir(case, folder, 1), run_dir(case, folder, 2)
+    assert apart(one, two) <= BOUND
+    if "sft" in case:  # seven rows: the last batches are filled up with rows that were counted already
+        assert all(apart(one, two, key) <= BOUND for key in ("eval_loss", "eval_mean_token_accuracy"))
 
 
 def header(folder):
