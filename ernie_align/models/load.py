@@ -78,7 +78,18 @@ def load_model(
         bundle.processor = make_processor(name, revision, bundle.image_processor, tokenizer)
         route_by_input_ids(model.model)
         dispatch_by_rows(model.model.language_model)
+        if _is_launched():
+            from ernie_align.models.touch import touch_every_pool
+
+            touch_every_pool(model.model)
     return bundle
+
+
+def _is_launched() -> bool:
+    """One process of a group, if only of one: DDP wraps that one too, and waits for its gradients."""
+    import torch.distributed as processes
+
+    return processes.is_available() and processes.is_initialized()
 
 
 def _load_weights(name: str, revision: str | None, anatomy: Anatomy, dtype: str, attention: str) -> PreTrainedModel:

@@ -21,6 +21,8 @@ _MAY_CHANGE = re.compile(
     r"run\.dir|training\.(max_steps|num_train_epochs|(logging|save|eval)_\w+|report_to|run_name|dataloader_\w+)"
 )
 
+_SHARE_A_STEP = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
+
 _BEGINNING = {"run.lock", "recipe.yaml", "recipe.resolved.yaml"}  # written before run.json makes a folder a run's
 
 
@@ -57,8 +59,10 @@ class RunDirectory:
 
     # -- beginning ----------------------------------------------------------------------------------------------
 
-    def begin(self, resolved: str, *, resume: bool) -> bool:
+    def begin(self, resolved: str, *, resume: bool, examples_a_step: int = 0) -> bool:
         """Take the folder for a run of this resolved recipe. True if there is a run to go on with.
+
+        examples_a_step: of all processes; while it stays, another number of them may go on (0: not known).
 
         A run that failed before its first step left nothing to keep: another may begin in its folder.
         Raises RunError where the folder is in use, holds something else, holds a finished run, or (resume) a run of
@@ -74,7 +78,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self._take()
         if is_run and resume:
-            self._same_recipe(resolved)
+            self._same_recipe(resolved, examples_a_step)
             return True
         if is_run and self.final.exists():
             fix = "name a new folder, or remove this one"
@@ -113,9 +117,14 @@ class RunDirectory:
             self._lock.close()
             self._lock = None
 
-    def _same_recipe(self, resolved: str) -> None:
+    def _same_recipe(self, resolved: str, examples_a_step: int) -> None:
         began = (self.path / "recipe.resolved.yaml").read_text(encoding="utf-8")
         changed = [item for item in differences(began, resolved) if not _MAY_CHANGE.fullmatch(item[0])]
+        at_first = self.facts().get("examples_a_step", examples_a_step)
+        if at_first == examples_a_step:
+            changed = [item for item in changed if item[0] not in _SHARE_A_STEP]
+        elif not changed:
+            changed = [("examples of a step, of all processes", at_first, examples_a_step)]
         if changed:
             fix = "restore it, or begin anew in another run.dir"
             raise RunError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,15 @@ _ROLL_CALL = timedelta(seconds=10)
 def begin_processes(recipe: Recipe) -> PartialState:
     """accelerate's state, whose collectives wait as long as training.ddp_timeout says.
 
-    The first to ask for that state sets the timeout, before Trainer reads the key: so nothing else asks first.
+    The first to ask for that state sets the timeout, before Trainer reads the key: so nothing else asks first. It is
+    told that there is no accelerator where there is none: it would take each process for the only one.
     """
+    import torch
     from accelerate import PartialState
 
-    return PartialState(timeout=timedelta(seconds=timeout_of(recipe)))
+    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    cpu = told or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=timedelta(seconds=timeout_of(recipe)))
 
 
 def timeout_of(recipe: Recipe) -> float:

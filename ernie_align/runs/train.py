@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ernie_align.data.load import SourceCount
 from ernie_align.data.preview import Stretch, as_text, preview
+from ernie_align.errors import AlignError, RunError
 from ernie_align.models.certificate import TextLogits, text_logits
 from ernie_align.models.environment import environment
 from ernie_align.models.load import Bundle, load_model
@@ -18,6 +19,7 @@ from ernie_align.models.scopes import Coverage, coverage
 from ernie_align.models.seal import flush, seal
 from ernie_align.recipe import Recipe, to_yaml
 from ernie_align.runs.directory import RunDirectory
+from ernie_align.runs.launched import prepare_processes, prove_processes
 from ernie_align.runs.processes import Processes, begin_processes, timeout_of
 from ernie_align.runs.setup import Setup, prepare_data, set_up
 from ernie_align.stages import Batches
@@ -78,13 +80,12 @@ def run(recipe: Recipe, *, resume: bool = False, reporter: Reporter) -> RunResul
     directory = RunDirectory(recipe.run.dir, where=recipe.run.where("dir"))
     setup = set_up(recipe)
     recipe = setup.recipe
+    prepare_processes(state, setup.anatomy.family, adapters=getattr(recipe, "adapter", None) is not None)
     config = setup.stage.configure(recipe, recipe.run.dir)  # what TRL refuses is refused before anything is made
     with listening(directory) as signals:
         try:
-            if state.is_main_process:
-                _begin(directory, recipe, resume, reporter)
             processes = Processes(timeout_of(recipe))
-            processes.wait()
+            _begin_together(directory, recipe, config, reporter, resume=resume, processes=processes)
             if directory.final.exists():
                 reporter.say(f"{directory.path} is finished already")
                 return RunResult(directory.path, directory.final, {}, directory.facts().get("text_unchanged"))
@@ -93,9 +94,26 @@ def run(recipe: Recipe, *, resume: bool = False, reporter: Reporter) -> RunResul
             directory.release()
 
 
-def _begin(directory: RunDirectory, recipe: Recipe, resume: bool, reporter: Reporter) -> None:
+def _begin_together(
+    directory: RunDirectory, recipe: Recipe, config: Any, reporter: Reporter, *, resume: bool, processes: Processes
+) -> None:
+    """The first process takes the folder. Where it cannot, none goes on to wait for it."""
+    fault: AlignError | None = None
+    if processes.is_first:
+        try:
+            _begin(directory, recipe, reporter, resume=resume, examples_a_step=_examples_a_step(config))
+        except AlignError as error:
+            fault = error
+    may_begin = processes.of_first(fault is None)
+    if fault is not None:
+        raise fault
+    if not may_begin:
+        raise RunError.at(directory.where, "the first process could not begin", fix="see what it says")
+
+
+def _begin(directory: RunDirectory, recipe: Recipe, reporter: Reporter, *, resume: bool, examples_a_step: int) -> None:
     resolved = to_yaml(recipe)
-    goes_on = directory.begin(resolved, resume=resume)
+    goes_on = directory.begin(resolved, resume=resume, examples_a_step=examples_a_step)
     for name in directory.sweep():
         reporter.say(f"removed {name}: left by a run that was killed")
     if directory.final.exists():
@@ -103,7 +121,7 @@ def _begin(directory: RunDirectory, recipe: Recipe, resume: bool, reporter: Repo
     elif not goes_on:
         directory.write("recipe.yaml", recipe.as_given)
         directory.write("recipe.resolved.yaml", resolved)
-        directory.note(environment=environment())
+        directory.note(environment=environment(), examples_a_step=examples_a_step)
 
 
 def _train(
@@ -150,8 +168,12 @@ def _train(
     callbacks = _callbacks(directory, bundle, recipe, reporter, stop)
     trainer = stop.trainer = setup.stage.build_trainer(recipe, config, bundle, batches, callbacks)
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict
+    reporter.say(prove_processes(trainer.accelerator))
     reporter.say(_pace(config))
-    probe = _first_text_logits(setup, bundle, directory)
+    repeated = _repeated(config, data.train)
+    if repeated:
+        reporter.say(f"the last batches of an epoch see {repeated} examples again, so that all processes have as many")
+    probe = _first_text_logits(setup, bundle, directory, is_main)
     with explained(directory, trainer, processes):
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -183,13 +205,25 @@ def _train(
     return RunResult(directory.path, directory.final, metrics, unchanged)
 
 
+def _examples_a_step(config: Any) -> int:
+    """Of all processes."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+
+
 def _pace(config: Any) -> str:
     """What the steps are, most of it often TRL's defaults."""
-    size = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    size = _examples_a_step(config)
     length = f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs:g} epochs"
     checkpointing = "on" if config.gradient_checkpointing else "off"
     rate = f"learning rate {config.learning_rate:g}, {config.lr_scheduler_type.value!s}"
     return f"{length} of {size} examples, {rate}, gradient checkpointing {checkpointing}"
+
+
+def _repeated(config: Any, examples: Any) -> int:
+    """Examples that fill the last batches of an epoch, of several processes, to one size."""
+    if config.world_size == 1 or config.dataloader_drop_last or not hasattr(examples, "__len__"):
+        return 0
+    return -len(examples) % (config.per_device_train_batch_size * config.world_size)
 
 
 def _where_to_go_on(directory: RunDirectory, reporter: Reporter, processes: Processes) -> Path | None:
@@ -243,7 +277,7 @@ def _callbacks(
     return [*reporter.progress(), MetricsKeeper(directory), stop, keeper, SpaceKeeper(directory, reporter.say)]
 
 
-def _first_text_logits(setup: Setup, bundle: Bundle, directory: RunDirectory) -> TextLogits | None:
+def _first_text_logits(setup: Setup, bundle: Bundle, directory: RunDirectory, is_main: bool) -> TextLogits | None:
     """Where nothing is trained that text touches: what the model said to text when the run began.
 
     Taken once the trainer has put the model on its device; a resumed run goes by what its first start kept.
@@ -254,7 +288,8 @@ def _first_text_logits(setup: Setup, bundle: Bundle, directory: RunDirectory) ->
     if kept is not None:
         return TextLogits(**kept)
     probe = text_logits(bundle)
-    directory.note(text_logits=asdict(probe))
+    if is_main:
+        directory.note(text_logits=asdict(probe))
     return probe
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -141,6 +142,12 @@ def inherited_defaults(recipe: Recipe) -> dict[str, Any]:
     }
     if not torch.accelerator.is_available():
         defaults["use_cpu"] = True  # transformers refuses bf16 without it
+    if "WORLD_SIZE" in os.environ:  # launched
+        # every process touches every part (models.touch): a search for unused ones costs time, and finds them falsely
+        defaults["ddp_find_unused_parameters"] = False
+        if recipe.data.streaming:
+            # by default one process reads for all and cuts its batches in even pieces, which images have not
+            defaults["accelerator_config"] = {"dispatch_batches": False}
     if recipe.data.eval and "eval_steps" in recipe.training:
         defaults["eval_strategy"] = "steps"
     return {key: value for key, value in defaults.items() if key not in recipe.training}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from trl import DPOTrainer
 
@@ -23,11 +24,13 @@ from ernie_align.models.adapters import REFERENCE_ADAPTER
 from ernie_align.models.modality import ModalityTokens, moe_mm_token_type_ids
 from ernie_align.models.routing import expert_flips, record_experts
 from ernie_align.models.seal import beside
+from ernie_align.stages.evaluated import fresh_rows
 from ernie_align.stages.reference import ReferenceLogps
+from ernie_align.stages.sharded import ShardedTrainer
 from ernie_align.stages.watch import Watch
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(ShardedTrainer, DPOTrainer):
     """DPOTrainer over encoded pairs.
 
     keeps_adapter: the policy goes on with an adapter, whose first state is the reference (otherwise adapters off, or
@@ -112,13 +115,15 @@ class PreferenceTrainer(DPOTrainer):
             loss = loss + weight * own_loss(policy, reference, lengths.chunk(2)).mean()
         if self.sft_weight:
             chosen, count = logps.chunk(2)[0], lengths.chunk(2)[0].sum()
-            nll = -chosen.sum() / count
+            # of the tokens on all processes, whose gradients are averaged
+            nll = -chosen.sum() / self.accelerator.reduce(count.float(), reduction="mean")
             self._metrics["eval" if evaluating else "train"]["nll_loss"].append(nll.item())
             loss = loss + self.sft_weight * nll
         self.watch.finite(loss.detach(), "loss", self.state.global_step + 1)
         if evaluating:
-            self._eval_pairs.append(len(lengths) // 2)
-            self._eval_loss += loss.item() * (len(lengths) // 2)
+            pairs = fresh_rows(self.accelerator, len(lengths) // 2)
+            self._eval_pairs.append(pairs)
+            self._eval_loss += loss.item() * pairs
             self.watch.step_done()
         return self.watch.anchored(loss, self.model)
 
@@ -153,8 +158,7 @@ class PreferenceTrainer(DPOTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm that Trainer is about to log: the last moment before the optimizer would spoil the weights."""
         norm = super()._get_grad_norm(model, grad_norm)
-        self.watch.finite(norm, "gradient", self.state.global_step + 1)
-        self.watch.step_done()
+        self.watch.gradient(norm, self.state.global_step + 1, self.model)
         return norm
 
     def _count_flips(self, here: dict[str, Tensor], there: dict[str, Tensor], inputs: dict[str, Any]) -> None:
@@ -168,13 +172,17 @@ class PreferenceTrainer(DPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log. Of an evaluation, values are means over pairs, not means over batches of means."""
         if "eval_loss" in logs:
-            pairs = sum(self._eval_pairs)
-            logs["eval_loss"] = self._eval_loss / pairs
+            own = torch.tensor([self._eval_loss, *self._eval_pairs], device=self.accelerator.device)
+            total, *counts = self.accelerator.reduce(own, reduction="sum").tolist()
+            pairs = sum(counts)
+            logs["eval_loss"] = total / pairs
             for name, values in self._metrics["eval"].items():
                 if len(values) == len(self._eval_pairs):
-                    weighted = zip(values, self._eval_pairs, strict=True)
+                    weighted = zip(values, counts, strict=True)
                     self._metrics["eval"][name] = [sum(value * count for value, count in weighted) / pairs]
-            for pool, (flipped, total) in self._flips.items():
+            for pool in sorted(set(gather_object(list(self._flips)))):
+                own = torch.tensor(self._flips.get(pool, (0, 0)), device=self.accelerator.device)
+                flipped, total = self.accelerator.reduce(own, reduction="sum").tolist()
                 self._metrics["eval"][f"routing/flips_{pool}"] = [flipped / max(total, 1)]
             self._eval_pairs, self._eval_loss, self._flips = [], 0.0, {}
         super().log(logs, start_time)

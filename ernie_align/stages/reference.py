@@ -42,28 +42,42 @@ class ReferenceLogps:
         reference: batch of the collator -> (P,) chosen, (P,) rejected; asked only where nothing fitting is kept.
         Raises RunError where nothing is kept and the reference is not at hand.
         """
+        from accelerate import PartialState
+        from accelerate.utils import gather_object
+
         path = self.folder / f"{name}.safetensors"
         fingerprint = self._fingerprint(dataset)
         kept = _read(path, fingerprint)
+        if not all(gather_object([kept is not None])):  # one asks with all or none does: they may share its weights
+            kept = None
         if kept is None and not self.can_compute:
             what = "holds no log-probabilities of this model on these rows and images"
             raise RunError.at(str(path), what, fix="restore the file, the rows or the images, or begin anew")
         if kept is None:
             kept = self._compute(dataset, reference, batch_size, collate)
-            _write(path, kept, fingerprint)
+            if PartialState().is_main_process:
+                _write(path, kept, fingerprint)
+            PartialState().wait_for_everyone()
         for column, values in kept.items():
             dataset = dataset.add_column(column, values.tolist())
         return dataset
 
     def _compute(self, dataset: Dataset, reference: Any, batch_size: int, collate: Any) -> dict[str, Tensor]:
+        """Each process asks about its share of the batches, and about the last one again where it has one fewer."""
         import torch
+        from accelerate import PartialState
+        from accelerate.utils import gather_object
 
-        chosen, rejected = [], []
-        for start in range(0, len(dataset), batch_size):
+        state = PartialState()
+        starts = range(0, len(dataset), batch_size)
+        found = []
+        rounds = -(-len(starts) // state.num_processes)
+        for number in range(state.process_index, rounds * state.num_processes, state.num_processes):
+            start = starts[min(number, len(starts) - 1)]
             rows = [dataset[place] for place in range(start, min(start + batch_size, len(dataset)))]
-            sides = reference(collate(rows))
-            chosen.append(sides[0].float().cpu())
-            rejected.append(sides[1].float().cpu())
+            found.append((number, *(side.float().cpu() for side in reference(collate(rows)))))
+        in_order = sorted(gather_object(found), key=lambda batch: batch[0])[: len(starts)]
+        _, chosen, rejected = zip(*in_order, strict=True)
         return {"ref_chosen_logps": torch.cat(chosen), "ref_rejected_logps": torch.cat(rejected)}
 
     def _fingerprint(self, dataset: Dataset) -> str:

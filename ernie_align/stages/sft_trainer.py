@@ -10,10 +10,12 @@ from trl import SFTTrainer
 
 from ernie_align.data.render import IGNORED
 from ernie_align.models.seal import beside
+from ernie_align.stages.evaluated import fresh_rows
+from ernie_align.stages.sharded import ShardedTrainer
 from ernie_align.stages.watch import Watch
 
 
-class SupervisedTrainer(SFTTrainer):
+class SupervisedTrainer(ShardedTrainer, SFTTrainer):
     """SFTTrainer over encoded rows.
 
     row_name: (source, row) -> the row's name. Other arguments are TRL's.
@@ -37,6 +39,8 @@ class SupervisedTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss of a batch, with the routing and the number watched."""
         vision_tokens = self.watch.take(inputs)
+        if not self.model.training:
+            inputs["labels"][fresh_rows(self.accelerator, len(inputs["labels"])) :] = IGNORED
         with self.watch.forward(vision_tokens, inputs["input_ids"].numel()):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
@@ -50,8 +54,7 @@ class SupervisedTrainer(SFTTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm that Trainer is about to log: the last moment before the optimizer would spoil the weights."""
         norm = super()._get_grad_norm(model, grad_norm)
-        self.watch.finite(norm, "gradient", self.state.global_step + 1)
-        self.watch.step_done()
+        self.watch.gradient(norm, self.state.global_step + 1, self.model)
         return norm
 
     def _count_evaluated(self, loss: torch.Tensor, labels: torch.Tensor) -> None:

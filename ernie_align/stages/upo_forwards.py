@@ -16,11 +16,12 @@ from ernie_align.data.render import Renderer
 from ernie_align.models.adapters import REFERENCE_ADAPTER, keep_reference
 from ernie_align.models.modality import ModalityTokens
 from ernie_align.models.seal import beside
+from ernie_align.stages.sharded import ShardedTrainer
 from ernie_align.stages.upo_groups import Group
 from ernie_align.stages.watch import Watch
 
 
-class WatchedTrainer(GRPOTrainer):
+class WatchedTrainer(ShardedTrainer, GRPOTrainer):
     """GRPOTrainer whose every forward is watched, and whose reference is where the run began.
 
     renderer: of the prompts; row_name: (source, row) -> the row's name; keeps_adapter: the policy goes on with an

@@ -15,6 +15,7 @@ from ernie_align import losses
 from ernie_align.data.collate import model_inputs
 from ernie_align.data.render import IGNORED
 from ernie_align.models.adapters import REFERENCE_ADAPTER
+from ernie_align.stages.evaluated import over_processes
 from ernie_align.stages.upo_pairs import OfflinePairs
 from ernie_align.stages.upo_rollouts import RolloutTrainer
 
@@ -109,8 +110,7 @@ class UnifiedTrainer(RolloutTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm that Trainer is about to log: the last moment before the optimizer would spoil the weights."""
         norm = super()._get_grad_norm(model, grad_norm)
-        self.watch.finite(norm, "gradient", self.state.global_step + 1)
-        self.watch.step_done()
+        self.watch.gradient(norm, self.state.global_step + 1, self.model)
         return norm
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -137,6 +137,8 @@ class UnifiedTrainer(RolloutTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, and a warning where the policy runs away."""
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode].update(over_processes(self._metrics[mode]))
         values = {name: sum(found) / len(found) for name, found in self._metrics["train"].items() if found}
         length, kl = values.get("completions/mean_length"), values.get("kl")
         if self.model.training and length is not None:

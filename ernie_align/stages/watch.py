@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ernie_align.errors import RunError
 from ernie_align.models.routing import check_routing, count_routed_tokens, pool_blocks
+from ernie_align.models.touch import drop_gradients_of_nothing, touched_backbone
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,9 @@ class Watch:
 
     def __init__(self, model: nn.Module, row_name: Callable[[int, int], str]):
         self.blocks = pool_blocks(model)
+        self.backbone = touched_backbone(model)  # None on one process
         self.row_name = row_name
+        self.learns = False  # whether a loss since the last step had a gradient of its own
         self.rows: list[tuple[int, int]] = []  # of the step so far
 
     def take(self, inputs: dict[str, Any]) -> int:
@@ -67,9 +70,25 @@ class Watch:
 
         A batch of text where only vision parts are trained teaches nothing, and is no reason to stop.
         """
-        if not model.training or loss.requires_grad:
+        if not model.training:
+            return loss
+        self.learns |= loss.requires_grad
+        if loss.requires_grad:
             return loss
         return loss + 0 * sum(weight.sum() for weight in model.parameters() if weight.requires_grad)
+
+    def gradient(self, norm: torch.Tensor | float, step: int, model: nn.Module) -> None:
+        """The last moment before the optimizer: stop at a norm that is no number, and let nothing move without cause.
+
+        An optimizer takes a gradient of zeros for a reason to go on by its momentum, and to decay the weight.
+        """
+        self.finite(norm, "gradient", step)
+        if self.backbone is not None:
+            drop_gradients_of_nothing(self.backbone)
+        elif not self.learns:
+            model.zero_grad(set_to_none=True)
+        self.learns = False
+        self.step_done()
 
     def step_done(self) -> None:
         """Forget the rows of the step."""

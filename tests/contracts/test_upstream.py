@@ -287,3 +287,38 @@ def test_the_stock_block_still_masks_element_by_element():
     from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import Ernie4_5_VLMoeMoeBlock
 
     assert "hidden_states[~token_type_ids_states]" in inspect.getsource(Ernie4_5_VLMoeMoeBlock.forward)
+
+
+def test_what_several_processes_lean_on():
+    """stages.sharded overrides these of Trainer; stages.evaluated reads how Accelerate fills up the last batches."""
+    from accelerate.state import GradientState
+    from transformers import Trainer
+
+    def parameters(function):
+        return list(inspect.signature(function).parameters)
+
+    assert parameters(Trainer._save_optimizer_and_scheduler) == ["self", "output_dir"]
+    assert parameters(Trainer._load_optimizer_and_scheduler) == ["self", "checkpoint"]
+    assert parameters(Trainer._load_from_checkpoint) == ["self", "resume_from_checkpoint", "model"]
+    assert parameters(Trainer._save_checkpoint) == ["self", "model", "trial"]
+    assert {"end_of_dataloader", "remainder"} <= {name for name, _ in inspect.getmembers(GradientState)}
+    told = inspect.getsource(Trainer._maybe_log_save_evaluate)
+    assert "on_save" in told.split("_save_checkpoint")[1]  # by then every process has written its part
+
+
+def test_the_backbone_takes_embeddings_beside_ids_and_images_seen_already():
+    """models.touch hands both over: shards come in the order that they come in where an image is shown."""
+    from transformers.models.ernie4_5_vl_moe import modeling_ernie4_5_vl_moe as module
+
+    source = inspect.getsource(module.Ernie4_5_VLMoeModel.forward)
+    embeds, sees = source.index("self.get_input_embeddings()(input_ids)"), source.index("self.get_image_features(")
+    assert embeds < sees and 'mm_encoder_outputs["image"].pooler_output' in source
+
+
+def test_accelerate_still_takes_fsdp_for_ddp_without_an_accelerator():
+    """runs.launched refuses it; tests/scale_cases.py says that there is one."""
+    from accelerate.state import AcceleratorState
+
+    source = inspect.getsource(AcceleratorState.__init__)
+    kinds = source.split("ACCELERATE_ALLOW_CP_STANDALONE")[0].rsplit("elif self.distributed_type in [", 1)[1]
+    assert "MULTI_GPU" in kinds and "MULTI_CPU" not in kinds

@@ -1,0 +1,99 @@
+"""Every process touches every part: what a batch without images leaves out, where others wait for it.
+
+Processes that train together meet in collectives: of each trained weight's gradient under DDP, of each sharded block
+under FSDP2 and ZeRO-3, forward and backward. A batch of text alone reaches neither the vision tower, nor the resampler,
+nor the vision experts; beside a batch with images its process waits for ever. So it sends the smallest image through
+tower and resampler and one token through the vision pool of each layer, and adds *none of the rows* of what comes out:
+the sum of an empty slice changes no bit, and hands every weight on its way a gradient of zeros.
+
+What no process has seen an image for since the last step gets no gradient, as on one process: an optimizer takes zeros
+for a reason to move on by its momentum, and to decay weights.
+
+Nothing is computed where the batch has images, nor of parts that are neither trained nor sharded. Text needs no such
+thing: without text tokens the text pool is given an empty batch, which touches it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ernie_align.models.dispatch import PoolRows, RowMoeBlock
+
+
+def others_wait_for(*modules: nn.Module) -> bool:
+    """Whether a collective waits for these modules: for gradients of trained weights, or for shards of any."""
+    learns = torch.is_grad_enabled()
+    return any(
+        (learns and weight.requires_grad) or isinstance(weight, DTensor) or hasattr(weight, "ds_id")
+        for module in modules
+        for weight in module.parameters()
+    )
+
+
+def touch_vision(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of an `Ernie4_5_VLMoeModel`: where no image is shown, none of the smallest one is.
+
+    A plain function, so that a deep copy of the model carries it.
+    """
+    shown = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+    if any(kwargs.get(name) is not None for name in shown):
+        backbone.has_learned_from_images |= torch.is_grad_enabled()
+        return None
+    tower, resampler = backbone.vision_tower, backbone.resampler_model
+    if not others_wait_for(tower, resampler):
+        return None
+    side = tower.spatial_merge_size  # patches of the smallest image: one token
+    if kwargs.get("inputs_embeds") is None:  # first of all, as where an image is shown: shards come in one order
+        kwargs["inputs_embeds"] = backbone.get_input_embeddings()(kwargs["input_ids"])
+    device = kwargs["inputs_embeds"].device
+    patch = tower.patch_embed
+    pixels = torch.zeros(side * side, patch.in_channels * patch.patch_size**2, device=device)
+    seen = backbone.get_image_features(pixels, torch.tensor([[1, side, side]], device=device), return_dict=True)
+    seen.pooler_output = tuple(tokens[:0] for tokens in seen.pooler_output)
+    kwargs["mm_encoder_outputs"] = {"image": seen}
+    return args, kwargs
+
+
+def touch_vision_pool(block: RowMoeBlock, args: tuple, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Forward hook of a block: where no token goes to the vision pool, none of one token does."""
+    hidden_states, rows = args[0], args[1] if len(args) > 1 else None
+    if not isinstance(rows, PoolRows):
+        rows = PoolRows.of(rows)
+    if rows is not None or not others_wait_for(block.vision_moe):
+        return None
+    # Zeros that depend on the hidden states: shards are fetched again for the backward pass where its gradient passes.
+    token = hidden_states.reshape(-1, hidden_states.shape[-1])[:1] * 0
+    # past the pool's own door, where the routing guard counts the tokens of the data
+    touched, _ = block.vision_moe.forward(token)
+    return output[0] + touched[:0].sum(), output[1]
+
+
+def touch_every_pool(backbone: nn.Module) -> None:
+    """Install both on an `Ernie4_5_VLMoeModel` whose tokens are dispatched by rows. Twice is once."""
+    if touch_vision in backbone._forward_pre_hooks.values():
+        return
+    backbone.has_learned_from_images = False  # since the last step of the optimizer
+    backbone.register_forward_pre_hook(touch_vision, with_kwargs=True)
+    for layer in backbone.language_model.layers:
+        if isinstance(layer.mlp, RowMoeBlock):
+            layer.mlp.register_forward_hook(touch_vision_pool)
+
+
+def touched_backbone(model: nn.Module) -> nn.Module | None:
+    """The backbone in a model that `touch_every_pool` was installed on, if it was."""
+    return next((module for module in model.modules() if touch_vision in module._forward_pre_hooks.values()), None)
+
+
+def drop_gradients_of_nothing(backbone: nn.Module) -> None:
+    """Between backward pass and optimizer, on every process: what no process showed an image to is not stepped."""
+    seen = torch.tensor(int(backbone.has_learned_from_images), device=next(backbone.parameters()).device)
+    torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
+    backbone.has_learned_from_images = False
+    if not seen:
+        pools = [layer.mlp.vision_moe for layer in backbone.language_model.layers if isinstance(layer.mlp, RowMoeBlock)]
+        for part in (backbone.vision_tower, backbone.resampler_model, *pools):
+            part.zero_grad(set_to_none=True)

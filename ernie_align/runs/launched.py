@@ -1,0 +1,56 @@
+"""What the launcher was asked for, and the proof that the processes are that."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from ernie_align.errors import RunError
+from ernie_align.models.sharding import UNITS
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
+
+# What `accelerate launch` sets -> the distributed type that must come of it.
+_ASKED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
+
+
+def asked_for() -> str | None:
+    """The way of sharing weights that the launcher was asked for; None where each process has them all."""
+    return next((kind for name, kind in _ASKED.items() if os.environ.get(name, "").lower() == "true"), None)
+
+
+def prepare_processes(state: PartialState, family: str, *, adapters: bool) -> None:
+    """Before anything is loaded: refuse what Accelerate would take for something else, and say how the family is cut.
+
+    Raises RunError. Class names that the launcher's config gives are left as they are.
+    """
+    asked, units = asked_for(), UNITS[family]
+    # adapters are of one dtype, and PEFT adds one to a router's weight outside the router: it must be whole there
+    apart = () if adapters else units.routers
+    if asked and state.distributed_type.value in ("NO", "MULTI_CPU"):
+        raise RunError.at(
+            "launcher",
+            f"{asked} was asked for, and Accelerate makes {state.distributed_type.value} of it on {state.device.type}",
+            why="it would train unsharded and say nothing",
+            fix="launch with ddp, cpu or one_gpu, or start more than one process on GPUs",
+        )
+    if asked == "FSDP":
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise RunError.at("launcher", "FSDP of version 1", fix="set fsdp_version: 2, or launch with fsdp2")
+        os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(units.layers + apart))
+    elif asked == "DEEPSPEED" and units.experts:
+        os.environ.setdefault("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", ",".join(units.experts))
+
+
+def prove_processes(accelerator: Accelerator) -> str:
+    """One line about what the processes are. Raises RunError where that is not what was asked for."""
+    found, count = accelerator.distributed_type.value, accelerator.num_processes
+    asked, wanted = asked_for(), int(os.environ.get("WORLD_SIZE", 1))
+    if (asked or found) != found or count != wanted:
+        what = f"{asked or 'processes'} of {wanted} were asked for, and these are {found} of {count}"
+        raise RunError.at("launcher", what, fix="mend the launcher's config")
+    if found == "NO":
+        return f"one process on {accelerator.device}"
+    kind = "FSDP2" if accelerator.is_fsdp2 else "DDP" if found.startswith("MULTI_") else found
+    return f"{count} processes on {accelerator.device.type}: {kind} over {accelerator.state.backend}"

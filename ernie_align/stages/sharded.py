@@ -1,0 +1,117 @@
+"""Checkpoints of several processes: whole on disk for whoever loads them, with what each process holds beside them.
+
+A checkpoint has the model or the adapter in the layout that one process writes. Where weights are spread over processes
+(FSDP2) it has a folder `sharded` too: trained weights and moments of the optimizer under their names, each process
+writing its own part, none holding all of them. Any number of processes reads it, one too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import Trainer
+
+SHARDED = "sharded"
+
+
+class ShardedTrainer(Trainer):
+    """What Trainer's own classes leave undone where processes share the weights. To be named before one of them."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # FSDP2 trains float32 copies of bfloat16 weights: what is saved is of the model's own dtype
+        self._dtypes = {name: weight.dtype for name, weight in self.model.named_parameters()}
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Trainer's. An adapter is loaded before it is sharded; a model was built from its checkpoint (runs.train)."""
+        if self.is_fsdp_enabled and resume_from_checkpoint and hasattr(self.model, "peft_config"):
+            super()._load_from_checkpoint(resume_from_checkpoint, self.model)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's. Sharded weights are gathered, tensor by tensor, and written by the first process."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        adapter = hasattr(self.model, "peft_config")
+        names = {name for name, _ in self.model.named_parameters()}  # a tied weight once
+        names |= {name for name, _ in self.model.named_buffers()}
+        state: dict[str, Tensor] = {}
+        for name, value in self.model.state_dict().items():
+            if name not in names or (adapter and ".lora_" not in name):
+                continue
+            whole = (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+            if self.args.should_save:
+                state[name] = whole.to("cpu", self._dtypes.get(name, whole.dtype))
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        dcp.save(training_state(self.model, self.optimizer), checkpoint_id=str(Path(output_dir) / SHARDED))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        sharded = checkpoint is not None and (Path(checkpoint) / SHARDED).is_dir()
+        if checkpoint is None or not (sharded or self.is_fsdp_enabled):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if sharded:
+            load_training_state(self.model, self.optimizer, Path(checkpoint) / SHARDED)
+        else:
+            states = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)["state"]
+            give_out(states, self.optimizer)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+
+def training_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """Trained weights, and what the optimizer keeps of each, by name: of this process's shards where it has such."""
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    moments = {name: dict(optimizer.state[weight]) for name, weight in trained.items() if weight in optimizer.state}
+    return {"weights": {name: weight.detach() for name, weight in trained.items()}, "moments": moments}
+
+
+def load_training_state(model: nn.Module, optimizer: Any, folder: Path) -> None:
+    """The inverse, into a model that is sharded in another way or not at all. Weights are overwritten where they are.
+
+    Raises what torch raises where names or shapes differ.
+    """
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    state = training_state(model, optimizer)
+    for name, weight in state["weights"].items():
+        prefix = f"moments.{name}."
+        for key in (key.removeprefix(prefix) for key in saved if key.startswith(prefix)):
+            size = saved[prefix + key].size
+            of_weight = torch.Size(size) == weight.shape
+            state["moments"].setdefault(name, {})[key] = torch.zeros_like(weight) if of_weight else torch.zeros(size)
+    dcp.load(state, checkpoint_id=str(folder))
+    for name, weight in model.named_parameters():
+        if name in state["moments"]:
+            optimizer.state[weight] = state["moments"][name]
+
+
+def give_out(states: dict[int, dict[str, Tensor]], optimizer: Any) -> None:
+    """Whole moments, numbered as one process saves them, to an optimizer of sharded weights."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for number, whole in states.items():
+        weight = weights[number]
+        optimizer.state[weight] = {
+            key: distribute_tensor(value, weight.device_mesh, weight.placements)
+            if isinstance(weight, DTensor) and value.shape == weight.shape
+            else value
+            for key, value in whole.items()
+        }

@@ -1,0 +1,271 @@
+"""The same steps on one process and on several, case by case: what tests/test_scale.py starts, and all by hand with
+
+    python -m tests.scale_cases FOLDER          # every scope and stage, DDP and FSDP2, 2 and 4 processes: half an hour
+
+Processes meet by gloo. The rows of a step are dealt so that some processes see images where others see text. All cases
+share the processes, for to start them takes longer than to train a tiny model for ten steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ROOT, logged, recipe_of, run_quietly, write_rows
+
+A_STEP = 4  # examples, of all processes
+GENERATIONS = 4
+SCOPES = ("attention", "dense_mlp", "shared_experts", "text_experts", "vision_experts")
+SCOPES += ("text_router", "vision_router", "vision_tower", "resampler")
+VISION = ["vision_experts", "vision_router", "vision_tower", "resampler"]
+
+
+def make_rows(folder: Path, digits: Path) -> None:
+    """Rows, pairs and prompts, four to a step: images in the first half of it, text alone, images alone, by turns.
+
+    A step of text alone is followed by others: were it taken for one that teaches vision parts, the next would show.
+    """
+    shutil.copytree(digits / "images", folder / "images")
+    shows = ((True, True, False, False), (False,) * 4, (True,) * 4)
+
+    def mixed(with_images: list[dict], text: list[dict], name: str) -> None:
+        order = [images for step in range(10) for images in shows[step % 3]]
+        write_rows(folder / f"{name}.jsonl", [(with_images if images else text).pop(0) for images in order])
+
+    def asked(name: str) -> list[dict]:
+        rows = [json.loads(line) for line in (digits / name).read_text().splitlines()]
+        return [row for row in rows if row.get("images")]
+
+    def text(number: int, answer: str) -> dict[str, Any]:
+        from ernie_align.tiny.tokenizer import NUMBERS
+
+        question = f"What is {NUMBERS[number % 19]} plus {NUMBERS[(3 * number) % 19]}?"
+        return {"question": question, "answer": " plus ".join([answer] * (1 + number % 3)), "number": number}
+
+    plain = [text(number, "two") for number in range(40)]
+    messages = [
+        {
+            "messages": [
+                {"role": "user", "content": row["question"]},
+                {"role": "assistant", "content": row["answer"]},
+            ],
+            "images": [],
+        }
+        for row in plain
+    ]
+    mixed(asked("val.jsonl"), messages, "rows")
+    pairs = [
+        {
+            "prompt": [{"role": "user", "content": row["question"]}],
+            "chosen": [{"role": "assistant", "content": row["answer"]}],
+            "rejected": [{"role": "assistant", "content": "nine nine"}],
+            "images": [],
+        }
+        for row in plain
+    ]
+    mixed(asked("preferences-val.jsonl"), pairs, "pairs")
+    prompts = [{"prompt": row["prompt"], "images": []} for row in pairs]
+    shown = [{"prompt": row["messages"][:1], "images": row["images"]} for row in asked("val.jsonl")]
+    mixed(shown, prompts, "prompts")
+
+
+def recipe(case: str, folder: Path, model: Path, processes: int, steps: int, resume: bool) -> dict[str, Any]:
+    """A case is a stage and what it trains, sharded or not: sft-all, lora-vision, fsdp2:dpo-adapter, ..."""
+    sharing, _, rest = case.rpartition(":")
+    stage, _, what = rest.partition("-")
+    rows = folder / {"sft": "rows", "lora": "rows", "dpo": "pairs", "upo": "prompts"}[stage]
+    made = recipe_of(stage, model, rows.with_suffix(".jsonl"), run_dir(case, folder, processes, resume))
+    made["training"] |= {
+        "max_steps": steps,
+        "per_device_train_batch_size": A_STEP // processes,
+        "train_sampling_strategy": "sequential",
+        "gradient_checkpointing": what.endswith("checkpointing"),
+        "learning_rate": 3e-4,
+    }
+    if what.endswith("+streaming"):
+        made["data"]["streaming"] = True
+        made["training"].pop("train_sampling_strategy")
+    if stage in ("sft", "dpo"):  # rows that no number of processes divides
+        made["data"]["eval"] = [{"path": str(rows.with_suffix(".jsonl")), "limit": 7}]
+        made["training"] |= {"per_device_eval_batch_size": 2}
+    if sharing:
+        made["training"] |= {"save_strategy": "steps", "save_steps": 2}
+    adapter = {"rank": 4, "alpha": 8}
+    if stage == "lora":
+        scope = what.partition("+")[0]
+        made["adapter"] = {**adapter, "scopes": VISION if scope == "vision" else [scope]}
+    if stage == "dpo":
+        made.pop("adapter")
+        if what == "weights":
+            made["tune"] = {"scopes": "all"}
+        else:
+            made["adapter"] = {**adapter, "scopes": [*VISION, "attention", "text_experts"]}
+    if stage == "upo":
+        made["adapter"] = {**adapter, "scopes": [*VISION, "attention", "text_experts"]}
+        made["rewards"] = [
+            {"name": "contains", "text": "e", "label": "has_e"},
+            {"name": "contains", "text": "a", "label": "has_a", "weight": 0.3},
+        ]
+        all_teach = {"always_right": False, "always_wrong": False, "refills": 0}
+        made["upo"] = {"num_generations": GENERATIONS, "max_completion_length": 6, "filter": all_teach}
+        made["training"].pop("train_sampling_strategy")
+        made["training"]["per_device_train_batch_size"] *= GENERATIONS
+    return made
+
+
+def run_dir(case: str, folder: Path, processes: int, resume: bool = False) -> Path:
+    """Where a case is kept."""
+    return folder / f"{case.replace(':', '-')}-{'resumed-' if resume else ''}{processes}"
+
+
+def draw_by_place(probabilities: Any, num_samples: int) -> Any:
+    """In the place of torch.multinomial: each completion is drawn by its place in its group alone. `generate` draws a
+    batch from one stream of numbers, so that a rollout dealt to two processes would be another one."""
+    import torch
+
+    place = torch.arange(len(probabilities)) % GENERATIONS
+    quantile = (place[:, None] + 0.5) / GENERATIONS
+    return (probabilities.cumsum(dim=-1) < quantile).sum(dim=-1, keepdim=True)
+
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}  # what `accelerate launch` makes of recipes/accelerate/fsdp2.yaml
+
+
+@contextmanager
+def sharded_on_the_cpu() -> Iterator[None]:
+    """Accelerate takes FSDP for DDP where there is no accelerator, and says nothing. All the rest of it works on gloo
+    as on NCCL, once its state says that the processes have GPUs."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    stock = PartialState._prepare_backend
+    PartialState._reset_state()
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    os.environ.update(FSDP2 | {"ACCELERATE_TORCH_DEVICE": "cpu"})
+    try:
+        yield
+    finally:
+        PartialState._prepare_backend = stock
+        PartialState._reset_state()
+        for name in (*FSDP2, "ACCELERATE_TORCH_DEVICE", "FSDP_TRANSFORMER_CLS_TO_WRAP"):
+            os.environ.pop(name, None)
+
+
+def launch(
+    folder: Path, model: Path, processes: int, cases: list[str], *, steps: int = 10, resume: bool = False
+) -> None:
+    """Run the cases in so many processes. Raises AssertionError with what they said where one fails."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    wanted = [str(folder), str(model), str(steps), "resume" if resume else "begin"]
+    started = []
+    for rank in range(processes):
+        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        env |= {name: str(value) for name, value in place.items()}
+        log = (folder / f"process-{rank}-of-{processes}.log").open("w")
+        command = [sys.executable, "-m", "tests.scale_cases", *wanted, *cases]
+        started.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(600 * len(cases)) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    said = "\n".join((folder / f"process-{rank}-of-{processes}.log").read_text()[-3000:] for rank in range(processes))
+    assert not any(codes), said
+
+
+def run_case(case: str, folder: Path, model: Path, steps: int, *, resume: bool = False) -> None:
+    """One case in this process, which is one of several or the only one."""
+    import torch
+
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    with sharded_on_the_cpu() if case.startswith("fsdp2:") and processes > 1 else nullcontext():
+        run_quietly(recipe(case, folder, model, processes, steps, resume), resume=resume)
+        if case.startswith("fsdp2:") and processes > 1:
+            from accelerate.state import AcceleratorState
+
+            assert AcceleratorState().is_fsdp2 and torch.distributed.get_world_size() == processes
+
+
+def apart(one: Path, other: Path, key: str = "loss") -> float:
+    """How far the losses of two runs are from each other at most."""
+    pairs = zip(logged(one, key), logged(other, key), strict=True)
+    return max(abs(left - right) for left, right in pairs)
+
+
+def by_hand(folder: Path) -> None:
+    """Every case against one process, and the checkpoint of two on one and on four. Prints a table."""
+    import time
+
+    import torch
+
+    from ernie_align.report.console import hush
+    from ernie_align.tiny import make_checkpoint, make_digits
+    from tests.test_resume import stopped_after
+
+    hush()
+    torch.multinomial = draw_by_place
+    folder.mkdir(parents=True)
+    model, digits = make_checkpoint("vl_moe", folder / "model"), make_digits(folder / "digits")
+    make_rows(folder, digits)
+    cases = ["sft-all", *(f"lora-{scope}" for scope in SCOPES), "lora-vision+checkpointing", "lora-attention+streaming"]
+    cases += ["dpo-adapter", "dpo-weights", "upo-adapter"]
+    both = [*cases, *(f"fsdp2:{case}" for case in cases)]
+    for processes, chosen in ((2, both), (4, ["sft-all", "dpo-adapter", "upo-adapter", "fsdp2:sft-all"])):
+        for some in (chosen[start : start + 7] for start in range(0, len(chosen), 7)):
+            for case in some:
+                if not run_dir(case, folder, 1).exists():
+                    run_case(case, folder, model, 10)
+            start = time.monotonic()
+            launch(folder, model, processes, some)
+            print(f"{processes} processes, {len(some)} cases: {time.monotonic() - start:.0f} s", flush=True)
+            for case in some:
+                found = apart(run_dir(case, folder, 1), run_dir(case, folder, processes))
+                print(f"{case:34} {processes} processes: {found:.1e}", flush=True)
+    for case in ("fsdp2:sft-all", "fsdp2:dpo-adapter"):
+        for processes in (1, 4):
+            stopped_after(4, run_dir(case, folder, 2), run_dir(case, folder, processes, resume=True))
+        run_case(case, folder, model, 10, resume=True)
+        launch(folder, model, 4, [case], resume=True)
+        for processes in (1, 4):
+            found = apart(run_dir(case, folder, 2), run_dir(case, folder, processes, resume=True))
+            print(f"{case:34} checkpoint of 2 on {processes}: {found:.1e}", flush=True)
+
+
+def main() -> None:
+    """All by hand, or one process of `launch`."""
+    from ernie_align.report.console import hush
+
+    if len(sys.argv) == 2:
+        by_hand(Path(sys.argv[1]))
+        return
+    import torch
+
+    hush()
+    torch.multinomial = draw_by_place
+    torch.distributed.init_process_group("gloo")
+    folder, model, steps, how, *cases = sys.argv[1:]
+    for case in cases:
+        run_case(case, Path(folder), Path(model), int(steps), resume=how == "resume")
+
+
+if __name__ == "__main__":
+    main()

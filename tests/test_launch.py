@@ -1,0 +1,64 @@
+"""Profiles are Accelerate's, and the processes are what was asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from ernie_align.errors import RecipeError, RunError
+from ernie_align.models.sharding import UNITS
+from ernie_align.runs.launch import PROFILES, launch_command, profile_path, profiles
+from ernie_align.runs.launched import prepare_processes
+from tests.conftest import FAMILIES, ROOT
+
+
+@pytest.mark.parametrize("name", profiles())
+def test_a_profile_is_a_config_of_accelerate_and_says_whether_it_was_run(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = ROOT / "recipes" / "accelerate" / f"{name}.yaml"  # what a user writes
+    assert path.samefile(profile_path(name))
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 1
+    head = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    assert "Run here:" in head or "Not run here" in head
+
+
+def test_the_launcher_is_called_with_the_users_words():
+    arguments = ["lora", "recipe.yaml", "training.max_steps=3", "--resume"]
+    command = launch_command("fsdp2", 8, arguments)
+    assert command[0] == sys.executable and command[-len(arguments) :] == arguments
+    assert command[1:8] == [
+        *("-m", "accelerate.commands.launch", "--config_file", str(PROFILES / "fsdp2.yaml")),
+        *("--num_processes", "8", "-m"),
+    ]
+    assert "--num_processes" not in launch_command(str(PROFILES / "ddp.yaml"), None, arguments)
+
+
+def test_an_unknown_profile():
+    with pytest.raises(RecipeError, match=r"did you mean fsdp2.*choose from cpu, ddp"):
+        profile_path("fspd2")
+    with pytest.raises(RecipeError, match=r"no profile '\.\./profiles/ddp'"):
+        profile_path("../profiles/ddp")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_units_are_classes_of_the_family(checkpoints, family):
+    from ernie_align.models.load import load_model
+
+    names = {type(module).__name__ for module in load_model(str(checkpoints[family])).model.modules()}
+    assert {name for names_ in UNITS[family] for name in names_} <= names
+
+
+def test_fsdp_that_would_be_ddp_is_refused(monkeypatch):
+    from accelerate import PartialState
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RunError, match="FSDP was asked for, and Accelerate makes NO of it on cpu"):
+        prepare_processes(PartialState(), "vl_moe", adapters=False)
+
+
+def test_slurm_script_is_sound_shell():
+    subprocess.run(["bash", "-n", str(ROOT / "recipes" / "cluster" / "slurm.sh")], check=True)
