@@ -23,7 +23,8 @@ def meet() -> PartialState:
     import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.accelerator.is_available())
+    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    return PartialState(cpu=told or not torch.accelerator.is_available())
 
 
 def asked_for() -> str | None:
