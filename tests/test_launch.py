@@ -12,6 +12,7 @@ from ernie_align.models.sharding import UNITS
 from ernie_align.runs.launch import PROFILES, launch_command, profile_path, profiles
 from ernie_align.runs.launched import prepare_processes
 from tests.conftest import FAMILIES, ROOT
+from tests.scale_cases import FSDP2
 
 
 @pytest.mark.parametrize("name", profiles())
@@ -24,6 +25,17 @@ def test_a_profile_is_a_config_of_accelerate_and_says_whether_it_was_run(name):
     assert config.num_processes >= 1
     head = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     assert "Run here:" in head or "Not run here" in head
+
+
+def test_what_is_tested_over_gloo_is_what_the_fsdp2_profile_asks_for():
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    wanted = ["--config_file", str(profile_path("fsdp2")), "-m", "ernie_align"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(wanted))
+    environment = prepare_multi_gpu_env(args)
+    assert {name: environment.get(name) for name in FSDP2} == FSDP2
+    assert "FSDP_TRANSFORMER_CLS_TO_WRAP" not in environment  # the run says it, family by family
 
 
 def test_the_launcher_is_called_with_the_users_words():
