@@ -59,6 +59,8 @@ def load_model(
     rest coming from `name`.
     Raises ModelError for other models, missing weights, and anything that differs from the family's anatomy.
     """
+    from ernie_align.models.documents import keep_documents_apart
+
     name = str(name)
     files = CheckpointFiles(name, revision, where)
     if files.is_adapter:
@@ -78,6 +80,7 @@ def load_model(
         bundle.processor = make_processor(name, revision, bundle.image_processor, tokenizer)
         route_by_input_ids(model.model)
         dispatch_by_rows(model.model.language_model)
+    keep_documents_apart(model)
     return bundle
 
 

@@ -21,6 +21,7 @@ _CURVES = {
     "Distance from the reference": ("kl",),
     "Tokens sent to other experts than the reference's": ("routing/", "eval_routing/"),
     "Length of completions, tokens": ("completions/mean_length",),
+    "Seconds of a step, and of waiting for data": ("step_seconds", "data_seconds"),
 }
 # Controls but tab and line feed: a model may write them, a page may not hold them
 _VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD}

@@ -122,8 +122,8 @@ def go_on(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     return recipe.updated(model=block, adapter=adapter.updated(path=files.name)), tuple(notes)
 
 
-def sample_data(setup: Setup, rows: int) -> tuple[dict[str, Any], list[SourceCount]]:
-    """Judge the first rows of each source. The first training example, and what became of the rows.
+def sample_data(setup: Setup, rows: int) -> tuple[list[dict[str, Any]], list[SourceCount]]:
+    """Judge the first rows of each source. The training examples they give, and what became of the rows.
 
     Raises DataError where a source or one of those rows is unsound.
     """
@@ -132,7 +132,8 @@ def sample_data(setup: Setup, rows: int) -> tuple[dict[str, Any], list[SourceCou
     for beside in setup.stage.beside(setup.recipe, setup.renderer).values():
         asked += [(block, beside.encode) for block in beside.sources]
     judged = [judge(Source(block, data, sample=rows), way) for block, way in asked]
-    return judged[0][0][0], [count for _, count in judged]
+    examples = [example for given, _ in judged[: len(data.train)] for example in given]
+    return examples, [count for _, count in judged]
 
 
 def prepare_data(setup: Setup, *, cache: Path | None = None) -> Data:

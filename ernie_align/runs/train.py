@@ -116,7 +116,12 @@ def _train(
     unseen = sum(count.without_images for count in data.counts[: len(recipe.data.train)])
     if setup.coverage.leaves_text_alone and unseen:
         reporter.say(f"{unseen} training examples show no image: nothing in scope learns from them")
+    layout = setup.stage.layout(recipe, None if recipe.data.streaming else data.train["length"][:])
+    for line in layout:
+        reporter.say(line)
     if is_main:
+        if layout:
+            directory.note(layout=layout)
         directory.write("coverage.json", [asdict(row) for row in setup.coverage.rows])
         directory.write("data.json", [asdict(count) for count in data.counts])
         directory.write("preview.txt", as_text(example))
@@ -127,7 +132,7 @@ def _train(
     callbacks = _callbacks(directory, bundle, recipe, reporter) if is_main else []
     trainer = setup.stage.build_trainer(recipe, config, bundle, batches, callbacks)
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict
-    reporter.say(_pace(config))
+    reporter.say(_pace(config, "packs" if recipe.training.get("packing") else "examples"))
     probe = _first_text_logits(setup, bundle, directory)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     metrics = trainer.evaluate() if data.eval is not None else {}
@@ -151,13 +156,13 @@ def _train(
     return RunResult(directory.path, directory.final, metrics, unchanged)
 
 
-def _pace(config: Any) -> str:
-    """What the steps are, most of it often TRL's defaults."""
+def _pace(config: Any, examples: str) -> str:
+    """What the steps are, most of it often TRL's defaults. examples: what the trainer's examples are called."""
     size = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     length = f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs:g} epochs"
     checkpointing = "on" if config.gradient_checkpointing else "off"
     rate = f"learning rate {config.learning_rate:g}, {config.lr_scheduler_type.value!s}"
-    return f"{length} of {size} examples, {rate}, gradient checkpointing {checkpointing}"
+    return f"{length} of {size} {examples}, {rate}, gradient checkpointing {checkpointing}"
 
 
 def _where_to_go_on(directory: RunDirectory, reporter: Reporter, is_main: bool) -> Path | None:
@@ -193,10 +198,11 @@ def _load(setup: Setup, checkpoint: Path | None) -> Bundle:
 
 
 def _callbacks(directory: RunDirectory, bundle: Bundle, recipe: Recipe, reporter: Reporter) -> list[TrainerCallback]:
+    from ernie_align.runs.clock import StepClock
     from ernie_align.runs.keep import CheckpointKeeper, MetricsKeeper
 
-    limit = recipe.training.get("save_total_limit")
-    return [*reporter.progress(), MetricsKeeper(directory), CheckpointKeeper(directory, bundle, limit)]
+    limit, clock = recipe.training.get("save_total_limit"), StepClock(reporter.say)
+    return [*reporter.progress(), MetricsKeeper(directory, clock), CheckpointKeeper(directory, bundle, limit), clock]
 
 
 def _first_text_logits(setup: Setup, bundle: Bundle, directory: RunDirectory) -> TextLogits | None:
