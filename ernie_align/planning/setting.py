@@ -69,6 +69,7 @@ class Setting:
             part, size = (item.tensor.part, item.tensor.lora_size(item.rank)) if targets else (item.part, item.size)
             sizes[part] = sizes.get(part, 0) + size
         batch = given["per_device_train_batch_size"]
+        flat = bool(recipe.training.get("packing") or recipe.training.get("padding_free"))
         steps = recipe.training.get("max_steps")
         setting = cls(
             stage=recipe.stage,
@@ -84,7 +85,10 @@ class Setting:
             vision=vision if anatomy.has_vision else 0.0,
             steps=steps if isinstance(steps, int) and steps > 0 else None,
             base_bits=8 * (2 if recipe.model.dtype == "bfloat16" else 4),
+            padded=not flat,
         )
+        if flat and setting.eager:  # its scores are of the whole sequence that the batch is laid into
+            setting = replace(setting, rows=1, tokens=setting.positions)
         return _with_policy(setting, recipe) if recipe.stage in ("dpo", "upo") else setting
 
     @property

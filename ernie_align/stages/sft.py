@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, create_model, model_validator
 
 from ernie_align.data.collate import Collator, FlatCollator, RowEncoder
 from ernie_align.data.packing import WINDOW, best_fit_decreasing, pack, pack_stream, padding
+from ernie_align.errors import RecipeError
 from ernie_align.models.adapters import attach, unfreeze
 from ernie_align.models.scopes import adapter_targets, tuned_tensors
 from ernie_align.recipe import AdapterBlock, Recipe, TuneBlock
@@ -124,7 +125,7 @@ def _build_trainer(
     if recipe.training.get("packing"):
         packed = pack_stream if recipe.data.streaming else pack
         train = packed(batches.train, recipe.data.max_length, seed=recipe.run.seed)
-    return SupervisedTrainer(
+    trainer = SupervisedTrainer(
         model=bundle.model,
         args=config,
         data_collator=collator,
@@ -134,6 +135,11 @@ def _build_trainer(
         callbacks=callbacks,
         row_name=batches.row_name,
     )
+    shared = trainer.accelerator.parallelism_config
+    if is_flat(recipe) and shared is not None and (shared.cp_enabled or shared.sp_enabled):
+        what, fix = "rows without padding, and a sequence shared by processes", "drop packing and padding_free"
+        raise RecipeError.at(recipe.where("training"), what, why="a row would go on in another's positions", fix=fix)
+    return trainer
 
 
 def is_flat(recipe: Recipe) -> bool:
