@@ -95,7 +95,7 @@ def planned(recipe: Any) -> dict[str, float]:
     from ernie_align.runs import sample_data, set_up
 
     setup = set_up(recipe)
-    example, _ = sample_data(setup, 1)
+    (example, *_), _ = sample_data(setup, 1)
     ids = example["input_ids"] if "input_ids" in example else example["prompt_ids"] + example["chosen_ids"]
     config = CheckpointFiles(recipe.model.name).read_json("config.json")
     anatomy = Anatomy.from_config(config)

@@ -74,10 +74,11 @@ def check(
     for note in setup.notes:
         terminal.say(note)
     terminal.coverage(setup.coverage)
-    example, counts = sample_data(setup, rows)
+    examples, counts = sample_data(setup, rows)
     terminal.sources(counts)
-    terminal.preview(preview(example, setup.renderer))
-    for line in setup.stage.tried(setup.recipe, setup.anatomy, example):
+    terminal.preview(preview(examples[0], setup.renderer))
+    lines = setup.stage.layout(setup.recipe, [example["length"] for example in examples])
+    for line in (*lines, *setup.stage.tried(setup.recipe, setup.anatomy, examples[0])):
         terminal.say(line)
     judged = sum(count.rows for count in counts)
     terminal.say(f"{recipe}: the recipe is sound, and so are the {judged} rows that were judged (--rows for more)")

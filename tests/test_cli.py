@@ -39,10 +39,11 @@ def run_main(monkeypatch, capsys, *args):
 
 def test_check_shows_what_would_be_trained_and_makes_nothing(checkpoints, digits, tmp_path):
     recipe = write_recipe(tmp_path, "lora", checkpoints["vl_moe"], digits / "train.jsonl", tmp_path / "run")
-    result = invoke("check", recipe, "adapter.scopes=[vision_experts]", "--rows", "20")
+    result = invoke("check", recipe, "adapter.scopes=[vision_experts]", "training.packing=true", "--rows", "20")
     assert result.exit_code == 0
     assert "vision_experts" in result.output and "6 of 6" in result.output
     assert "<|IMAGE_PLACEHOLDER|>x4" in result.output and "the 20 rows that were judged" in result.output
+    assert "packing: 20 rows in" in result.output
     assert not (tmp_path / "run").exists()
 
 

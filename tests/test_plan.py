@@ -17,6 +17,7 @@ import ernie_align
 from ernie_align.errors import ModelError, RecipeError
 from ernie_align.models.adapters import attach, unfreeze
 from ernie_align.models.anatomy import Anatomy
+from ernie_align.models.documents import attend_by_document
 from ernie_align.models.load import load_model
 from ernie_align.models.scopes import adapter_targets, tuned_tensors
 from ernie_align.planning.activations import kept
@@ -73,8 +74,11 @@ def test_a_model_that_is_known_nowhere_is_refused(monkeypatch):
 # -- activations ------------------------------------------------------------------------------------------------------
 
 
-def saved_by_autograd(bundle, dtype: torch.dtype) -> int:
-    """Bytes that a forward of (B, T) leaves for its backward, weights not counted, each storage once."""
+def saved_by_autograd(bundle, dtype: torch.dtype, *, flat: bool = False) -> int:
+    """Bytes that a forward of (B, T) leaves for its backward, weights not counted, each storage once.
+
+    flat: the rows are laid end to end.
+    """
     model = bundle.model
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     sizes, alive = {}, []
@@ -96,11 +100,15 @@ def saved_by_autograd(bundle, dtype: torch.dtype) -> int:
             bundle.modality.image_end,
         )
         inputs |= {"pixel_values": torch.randn(B * 256, 588), "image_grid_thw": torch.tensor([[1, 16, 16]] * B)}
+    if flat:
+        inputs |= {"input_ids": inputs["input_ids"].view(1, -1), "position_ids": torch.arange(T).repeat(B)[None]}
+    else:
+        inputs["attention_mask"] = torch.ones(B, T, dtype=torch.long)
     half = torch.autocast("cpu", dtype=dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed), half:
-        output = base.model(**inputs, attention_mask=torch.ones(B, T, dtype=torch.long), use_cache=False)
+        output = base.model(**inputs, use_cache=False)
     assert output.last_hidden_state.requires_grad
     return sum(sizes.values())
 
@@ -150,6 +158,9 @@ def test_activations_are_what_autograd_keeps(checkpoints, family, scopes, dtype)
     )
     found = kept(setting, Shape.of(anatomy, config)).held(checkpointing=False)
     assert found == pytest.approx(saved_by_autograd(bundle, getattr(torch, dtype)), rel=0.08)
+    attend_by_document(bundle.model)
+    found = kept(replace(setting, flat=True), Shape.of(anatomy, config)).held(checkpointing=False)
+    assert found == pytest.approx(saved_by_autograd(bundle, getattr(torch, dtype), flat=True), rel=0.08)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -170,6 +181,18 @@ def test_full_fine_tuning_keeps_all_in_the_dtype_of_the_weights(checkpoints, tmp
     plan = ernie_align.plan(recipe)
     size = plan.coverage.parameters
     assert (plan.memory.weights, plan.memory.gradients, plan.memory.optimizer) == (4 * size, 4 * size, 8 * size)
+
+
+def test_rows_laid_end_to_end_need_no_mask(checkpoints, tmp_path):
+    """And are no more tokens than packs can hold; eager attention scores the whole sequence against itself."""
+    recipe = recipe_of("lora", checkpoints["vl_moe"], tmp_path / "rows.jsonl", tmp_path / "run")
+    for training in ({"packing": True}, {"padding_free": True}):
+        given = {**recipe, "training": {**recipe["training"], **training}}
+        flat, padded = ernie_align.plan(given), ernie_align.plan(recipe)
+        assert padded.setting.masked and not flat.setting.masked and flat.memory.peak < padded.memory.peak
+        assert flat.setting.positions == padded.setting.positions == 4 * 256
+        eager = ernie_align.plan({**given, "model": {**recipe["model"], "attention": "eager"}})
+        assert (eager.setting.rows, eager.setting.tokens) == (1, 4 * 256) and eager.memory.peak > padded.memory.peak
 
 
 def test_references_and_rollouts_are_counted():

@@ -59,6 +59,21 @@ def test_a_stream_resumes_in_order(checkpoints, text_rows, tmp_path):
     assert logged(again) == logged(whole)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_packs_resume_in_order(checkpoints, text_rows, digits, tmp_path, streaming):
+    """They follow from the rows and the seed: nothing about them is kept."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    family, rows = ("dense", text_rows) if streaming else ("vl_moe", digits / "val.jsonl")
+    source = {"path": str(rows)} if streaming else {"path": str(rows), "limit": 24}
+    blocks = {"data": {"train": [source], "streaming": streaming, "max_length": 80}}
+    blocks["training"] = {"packing": True, "per_device_train_batch_size": 2}
+    run_quietly(long_run("lora", checkpoints, family, rows, whole, **blocks))
+    stopped_after(3, whole, again)
+    run_quietly(long_run("lora", checkpoints, family, rows, again, **blocks), resume=True)
+    for key in ("loss", "grad_norm"):
+        assert logged(again, key) == logged(whole, key)
+
+
 def test_a_resumed_run_still_certifies_its_text(checkpoints, digits, tmp_path):
     """Against what the model said when the run first began, not when it was resumed."""
     whole, again = tmp_path / "whole", tmp_path / "again"

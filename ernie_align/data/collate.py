@@ -1,4 +1,4 @@
-"""Examples -> padded tensors, with the pixels of their images."""
+"""Examples -> tensors, padded or laid end to end, with the pixels of their images."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ernie_align.errors import DataError
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
 
 
 def counted_features() -> dict[str, Any]:
@@ -96,9 +97,56 @@ class Collator:
         return batch | pixels_of(examples, self.image_processor, self.row_name)
 
 
+class FlatCollator:
+    """Examples -> one sequence without padding, document after document, N tokens in all: input_ids, labels and
+    position_ids (1, N), and with images pixel_values and image_grid_thw, in the order of their placeholders.
+
+    position_ids begins anew at 0 with each document, by which the model tells them apart (models.documents). There is
+    no attention_mask: nothing is padded, and transformers would no longer look for documents. `rows` (documents, 2) and
+    `vision_tokens` () come along as from Collator.
+
+    rows: where an example of data.packing.pack finds its members. An example without members is one document itself.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset | None = None,
+        *,
+        image_processor: Any = None,
+        row_name: Callable[[int, int], str] = lambda source, row: f"row {row} of source {source}",
+    ):
+        self.rows = rows
+        self.image_processor = image_processor
+        self.row_name = row_name
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Raises DataError where an image is gone or broken since the row was judged."""
+        import torch
+
+        documents = [document for example in examples for document in self._documents(example)]
+        ids = [torch.as_tensor(document["input_ids"], dtype=torch.long) for document in documents]
+        labels = [torch.tensor(document["labels"], dtype=torch.long) for document in documents]
+        for own in labels:
+            own[0] = IGNORED  # the token before it is another document's: nothing predicts it, as in a row of its own
+        batch = {
+            "input_ids": torch.cat(ids)[None],
+            "labels": torch.cat(labels)[None],
+            "position_ids": torch.cat([torch.arange(len(own)) for own in ids])[None],
+            "rows": torch.tensor([document["rows"] for document in documents]),
+            "vision_tokens": torch.tensor(sum(document["vision_tokens"] for document in documents)),
+        }
+        return batch | pixels_of(documents, self.image_processor, self.row_name)
+
+    def _documents(self, example: dict[str, Any]) -> list[dict[str, Any]]:
+        if "members" in example:
+            columns = self.rows[example["members"]]
+            return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return example.get("documents") or [example]
+
+
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """What of a batch the model is given; the rest is labels, masks and names."""
-    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+    names = ("input_ids", "attention_mask", "position_ids", "pixel_values", "image_grid_thw")
     return {name: batch[name] for name in names if name in batch}
 
 

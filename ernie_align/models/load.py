@@ -59,6 +59,8 @@ def load_model(
     rest coming from `name`.
     Raises ModelError for other models, missing weights, and anything that differs from the family's anatomy.
     """
+    from ernie_align.models.documents import keep_documents_apart
+
     name = str(name)
     files = CheckpointFiles(name, revision, where)
     if files.is_adapter:
@@ -82,6 +84,7 @@ def load_model(
             from ernie_align.models.touch import touch_every_pool
 
             touch_every_pool(model.model)
+    keep_documents_apart(model)
     return bundle
 
 

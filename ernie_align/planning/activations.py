@@ -133,6 +133,8 @@ def _attention(setting: Setting, shape: Shape, number: int, places: _Places) -> 
     # torch makes numbers of the mask (T, T) in every layer
     keys = shape.queries if setting.masked else shape.keys
     size = s * (2 * shape.queries + 2 * keys) + 4 * shape.heads + (s * setting.tokens if setting.masked else 0)
+    if setting.flat and not setting.eager:
+        size += s * shape.queries  # the output of each document, beside all of them in one
     if setting.eager:
         size += shape.heads * setting.tokens * (4 + s)
     if "attention" in places.whole:

@@ -31,7 +31,8 @@ class Setting:
     vision: share of them that are image tokens; trained: sizes by part, of the adapter with LoRA; targets: adapted
     tensors; copies: of the trained adapter beside it (the reference of one that is gone on with); reference: a second
     whole model is held; drawn: completions of a rollout on each device, `generations` of each prompt; padded: rows
-    differ in length. LoRA on experts is computed by models.grouped.
+    differ in length; flat: and are laid end to end, each attended by itself. LoRA on experts is computed by
+    models.grouped.
     """
 
     stage: str
@@ -57,6 +58,7 @@ class Setting:
     base_bits: int = 16
     device: Device = "gpu"
     padded: bool = True
+    flat: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, anatomy: Anatomy, *, vision: float) -> Setting:
@@ -69,6 +71,7 @@ class Setting:
             part, size = (item.tensor.part, item.tensor.lora_size(item.rank)) if targets else (item.part, item.size)
             sizes[part] = sizes.get(part, 0) + size
         batch = given["per_device_train_batch_size"]
+        flat = bool(recipe.training.get("packing") or recipe.training.get("padding_free"))
         steps = recipe.training.get("max_steps")
         setting = cls(
             stage=recipe.stage,
@@ -84,7 +87,10 @@ class Setting:
             vision=vision if anatomy.has_vision else 0.0,
             steps=steps if isinstance(steps, int) and steps > 0 else None,
             base_bits=8 * (2 if recipe.model.dtype == "bfloat16" else 4),
+            flat=flat,
         )
+        if flat and setting.eager:  # its scores are of the whole sequence that the batch is laid into
+            setting = replace(setting, rows=1, tokens=setting.positions)
         return _with_policy(setting, recipe) if recipe.stage in ("dpo", "upo") else setting
 
     @property
@@ -94,8 +100,8 @@ class Setting:
 
     @property
     def masked(self) -> bool:
-        """Attention is given a mask, which rows of one length do without."""
-        return self.padded and self.rows > 1
+        """Attention is given a mask, which rows of one length and rows laid end to end do without."""
+        return self.padded and self.rows > 1 and not self.flat
 
     @property
     def is_adapter(self) -> bool:

@@ -24,6 +24,7 @@ _CURVES = {
     "Distance from the reference": ("kl",),
     "Tokens sent to other experts than the reference's": ("routing/", "eval_routing/"),
     "Length of completions, tokens": ("completions/mean_length",),
+    "Seconds of a step, and of waiting for data": ("step_seconds", "data_seconds"),
 }
 
 

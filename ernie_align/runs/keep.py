@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from ernie_align.models.load import Bundle
 from ernie_align.models.seal import broken, flush, seal
+from ernie_align.runs.clock import StepClock
 from ernie_align.runs.directory import RunDirectory
 
 
@@ -26,10 +27,12 @@ def peak_memory() -> float:
 
 
 class MetricsKeeper(TrainerCallback):
-    """Every log as a line of metrics.jsonl: step, epoch, Trainer's values, seconds since the start, and peak memory."""
+    """Every log as a line of metrics.jsonl: step, epoch, Trainer's values, what the steps took, seconds since the
+    start, and peak memory."""
 
-    def __init__(self, directory: RunDirectory):
+    def __init__(self, directory: RunDirectory, clock: StepClock):
         self.directory = directory
+        self.clock = clock
         self.start = time.monotonic()
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -37,7 +40,8 @@ class MetricsKeeper(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         seconds = round(time.monotonic() - self.start, 3)
-        values = {**(logs or {}), "seconds": seconds, "peak_memory_gb": peak_memory()}
+        took = self.clock.take() if "loss" in (logs or {}) else {}
+        values = {**(logs or {}), **took, "seconds": seconds, "peak_memory_gb": peak_memory()}
         self.directory.append_metrics({"step": state.global_step, **values})
 
 

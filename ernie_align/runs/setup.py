@@ -149,14 +149,15 @@ def examine(
     return examine_sources(_asked(setup), data, has_vision=has_vision, workers=workers, tick=tick)
 
 
-def sample_data(setup: Setup, rows: int) -> tuple[dict[str, Any], list[SourceCount]]:
-    """Judge the first rows of each source. The first training example, and what became of the rows.
+def sample_data(setup: Setup, rows: int) -> tuple[list[dict[str, Any]], list[SourceCount]]:
+    """Judge the first rows of each source. The training examples they give, and what became of the rows.
 
     Raises DataError where a source or one of those rows is unsound.
     """
-    asked = _asked(setup)
-    judged = [judge(Source(one.block, setup.recipe.data, sample=rows), one.encode) for one in asked]
-    return judged[0][0][0], [count for _, count in judged]
+    asked, data = _asked(setup), setup.recipe.data
+    judged = [judge(Source(one.block, data, sample=rows), one.encode) for one in asked]
+    examples = [example for given, _ in judged[: len(data.train)] for example in given]
+    return examples, [count for _, count in judged]
 
 
 def prepare_data(setup: Setup, *, cache: Path | None = None) -> Data:

@@ -156,7 +156,12 @@ def _train(
     unseen = sum(count.without_images for count in data.counts[: len(recipe.data.train)])
     if setup.coverage.leaves_text_alone and unseen:
         reporter.say(f"{unseen} training examples show no image: nothing in scope learns from them")
+    layout = setup.stage.layout(recipe, None if recipe.data.streaming else data.train["length"][:])
+    for line in layout:
+        reporter.say(line)
     if is_main:
+        if layout:
+            directory.note(layout=layout)
         directory.write("coverage.json", [asdict(row) for row in setup.coverage.rows])
         directory.write("data.json", [asdict(count) for count in data.counts])
         directory.write("preview.txt", as_text(example))
@@ -169,8 +174,8 @@ def _train(
     trainer = stop.trainer = setup.stage.build_trainer(recipe, config, bundle, batches, callbacks)
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict
     reporter.say(prove_processes(trainer.accelerator))
-    reporter.say(_pace(config))
-    repeated = _repeated(config, data.train)
+    reporter.say(_pace(config, "packs" if recipe.training.get("packing") else "examples"))
+    repeated = _repeated(config, trainer.train_dataset)
     if repeated:
         reporter.say(f"the last batches of an epoch see {repeated} examples again, so that all processes have as many")
     probe = _first_text_logits(setup, bundle, directory, is_main)
@@ -210,13 +215,13 @@ def _examples_a_step(config: Any) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
 
 
-def _pace(config: Any) -> str:
-    """What the steps are, most of it often TRL's defaults."""
+def _pace(config: Any, examples: str) -> str:
+    """What the steps are, most of it often TRL's defaults. examples: what the trainer's examples are called."""
     size = _examples_a_step(config)
     length = f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs:g} epochs"
     checkpointing = "on" if config.gradient_checkpointing else "off"
     rate = f"learning rate {config.learning_rate:g}, {config.lr_scheduler_type.value!s}"
-    return f"{length} of {size} examples, {rate}, gradient checkpointing {checkpointing}"
+    return f"{length} of {size} {examples}, {rate}, gradient checkpointing {checkpointing}"
 
 
 def _repeated(config: Any, examples: Any) -> int:
@@ -268,13 +273,22 @@ def _callbacks(
     directory: RunDirectory, bundle: Bundle, recipe: Recipe, reporter: Reporter, stop: StopAtStepEnd
 ) -> list[TrainerCallback]:
     """The order matters: a stop asks for a checkpoint, for which there must be room, and then room for the next."""
+    from ernie_align.runs.clock import StepClock
     from ernie_align.runs.keep import CheckpointKeeper, MetricsKeeper
     from ernie_align.runs.space import SpaceKeeper
 
+    clock = StepClock(reporter.say)
     keeper = CheckpointKeeper(directory, bundle, recipe.training.get("save_total_limit"))
     if not stop.processes.is_first:
         return [stop, keeper]
-    return [*reporter.progress(), MetricsKeeper(directory), stop, keeper, SpaceKeeper(directory, reporter.say)]
+    return [
+        *reporter.progress(),
+        MetricsKeeper(directory, clock),
+        stop,
+        keeper,
+        SpaceKeeper(directory, reporter.say),
+        clock,
+    ]
 
 
 def _first_text_logits(setup: Setup, bundle: Bundle, directory: RunDirectory, is_main: bool) -> TextLogits | None:

@@ -63,6 +63,11 @@ def nothing_beside(recipe: Recipe, renderer: Renderer) -> dict[str, Beside]:
     return {}
 
 
+def one_row_each(recipe: Recipe, lengths: list[int] | None) -> list[str]:
+    """Of a stage that pads the rows of a batch, as every trainer does: nothing is to be said."""
+    return []
+
+
 def nothing_to_try(recipe: Recipe, anatomy: Anatomy, example: dict[str, Any]) -> list[str]:
     """Of a stage of which the coverage, the rows and one example say everything."""
     return []
@@ -94,7 +99,8 @@ class Stage:
     encode: (recipe, renderer) -> the way from a canonical row to examples;
     build_trainer: (recipe, TRL's config, bundle, batches, callbacks) -> a TRL trainer, ready to train;
     beside: (recipe, renderer) -> what else it reads, by name;
-    tried: (recipe, anatomy, first example) -> lines about what can be tried without weights.
+    tried: (recipe, anatomy, first example) -> lines about what can be tried without weights;
+    layout: (recipe, lengths of the training rows, None for a stream) -> lines about how rows make up batches.
     """
 
     name: str
@@ -107,24 +113,24 @@ class Stage:
     build_trainer: Callable[[Any, Any, Bundle, Batches, list[TrainerCallback]], Trainer]
     beside: Callable[[Any, Renderer], dict[str, Beside]] = nothing_beside
     tried: Callable[[Any, Anatomy, dict[str, Any]], list[str]] = nothing_to_try
+    layout: Callable[[Any, list[int] | None], list[str]] = one_row_each
 
 
 def trl_config(cls: type, recipe: Recipe, *, output_dir: str, **owned: Any) -> Any:
-    """TRL's config from the recipe's `training:` keys plus what the recipe says elsewhere.
+    """TRL's config from the recipe's `training:` keys, under what the recipe says elsewhere and the stage does itself.
 
     save_total_limit is kept back: older checkpoints go once the new one is known to be whole (runs.keep).
     Raises RecipeError where TRL or transformers refuses a value.
     """
     try:
         return cls(
-            **{**inherited_defaults(recipe), **recipe.training, "save_total_limit": None},
+            **{**inherited_defaults(recipe), **recipe.training, "save_total_limit": None, **owned},
             output_dir=output_dir,
             seed=recipe.run.seed,
             data_seed=recipe.run.seed,
             remove_unused_columns=False,
             disable_tqdm=True,
             logging_nan_inf_filter=False,
-            **owned,
         )
     except (TypeError, ValueError, ImportError) as error:
         message = str(error).splitlines()[0]

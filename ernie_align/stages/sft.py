@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, create_model, model_validator
 
-from ernie_align.data.collate import Collator, RowEncoder
+from ernie_align.data.collate import Collator, FlatCollator, RowEncoder
+from ernie_align.data.packing import WINDOW, best_fit_decreasing, pack, pack_stream, padding
+from ernie_align.errors import RecipeError
 from ernie_align.models.adapters import attach, unfreeze
 from ernie_align.models.scopes import adapter_targets, tuned_tensors
 from ernie_align.recipe import AdapterBlock, Recipe, TuneBlock
+from ernie_align.recipe.schema import fault
 from ernie_align.stages.base import OWNED_BY_EVERY_STAGE, Batches, Stage, trl_config
 from ernie_align.stages.upstream import SFT_CONFIG, training_model
 
@@ -25,10 +29,7 @@ _OWNED = {
     **OWNED_BY_EVERY_STAGE,
     "completion_only_loss": "drop it: answers are trained, and a turn with label 0 is not",
     "assistant_only_loss": "drop it: answers are trained, and a turn with label 0 is not",
-    "packing": "drop it: packed rows would see one another in this model",
-    "eval_packing": "drop it: packed rows would see one another in this model",
-    "packing_strategy": "drop it: packed rows would see one another in this model",
-    "padding_free": "drop it: rows without padding would see one another in this model",
+    "eval_packing": "drop it: held-out rows are never packed, and with packing or padding_free they are not padded",
     "shuffle_dataset": "drop it: rows are shuffled by run.seed",
 }
 _OWNED_BY_SFT = {
@@ -42,7 +43,20 @@ class _Supervised(Recipe):
     @classmethod
     def training_model(cls) -> type[BaseModel]:
         """See Recipe."""
-        return training_model(SFT_CONFIG, frozenset(cls.owned_training_keys()))
+        return _training_model(frozenset(cls.owned_training_keys()))
+
+    @model_validator(mode="after")
+    def _a_strategy_has_packs(self) -> _Supervised:
+        if self.training.get("packing_strategy") and not self.training.get("packing"):
+            raise fault("training", "packing_strategy without packing", fix="set training.packing: true, or drop it")
+        return self
+
+
+@functools.cache
+def _training_model(owned: frozenset[str]) -> type[BaseModel]:
+    """TRL's keys. Of its packing strategies the one that leaves rows whole: the others cut answers and images."""
+    model = training_model(SFT_CONFIG, owned)
+    return create_model(model.__name__, __base__=model, packing_strategy=(Literal["bfd"] | None, None))
 
 
 class SftRecipe(_Supervised):
@@ -86,6 +100,8 @@ def _configure(recipe: SftRecipe | LoraRecipe, output_dir: str) -> SFTConfig:
         output_dir=output_dir,
         router_aux_loss_coef=0.0,
         max_length=None,  # rows are already judged by length
+        packing=False,  # packs are made here, where TRL knows no images
+        padding_free=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
 
@@ -97,20 +113,58 @@ def _build_trainer(
     batches: Batches,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
+    from ernie_align.models.documents import attend_by_document
     from ernie_align.stages.sft_trainer import SupervisedTrainer
 
-    return SupervisedTrainer(
+    train, images = batches.train, {"image_processor": bundle.image_processor, "row_name": batches.row_name}
+    if is_flat(recipe):
+        collator: Any = FlatCollator(batches.train, **images)
+        attend_by_document(bundle.model)
+    else:
+        collator = Collator(bundle.tokenizer.pad_token_id, **images)
+    if recipe.training.get("packing"):
+        packed = pack_stream if recipe.data.streaming else pack
+        train = packed(batches.train, recipe.data.max_length, seed=recipe.run.seed)
+    trainer = SupervisedTrainer(
         model=bundle.model,
         args=config,
-        data_collator=Collator(
-            bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor, row_name=batches.row_name
-        ),
-        train_dataset=batches.train,
+        data_collator=collator,
+        train_dataset=train,
         eval_dataset=batches.eval,
         processing_class=bundle.processor,
         callbacks=callbacks,
         row_name=batches.row_name,
     )
+    shared = trainer.accelerator.parallelism_config
+    if is_flat(recipe) and shared is not None and (shared.cp_enabled or shared.sp_enabled):
+        what, fix = "rows without padding, and a sequence shared by processes", "drop packing and padding_free"
+        raise RecipeError.at(recipe.where("training"), what, why="a row would go on in another's positions", fix=fix)
+    return trainer
+
+
+def is_flat(recipe: Recipe) -> bool:
+    """Whether the rows of a batch are laid end to end: packed, or as they are drawn."""
+    return bool(recipe.training.get("packing") or recipe.training.get("padding_free"))
+
+
+def _layout(recipe: SftRecipe | LoraRecipe, lengths: list[int] | None) -> list[str]:
+    """What packing does to rows of these lengths, and what it spares."""
+    if not is_flat(recipe):
+        return []
+    size = recipe.training.get("per_device_train_batch_size") or 8
+    seed, capacity = recipe.run.seed, recipe.data.max_length
+    if not recipe.training.get("packing"):
+        spared = f"; padded, they would be {padding(lengths, size, seed=seed):.1%} padding" if lengths else ""
+        return [f"padding_free: the {size} rows of a batch are laid end to end{spared}"]
+    if lengths is None:
+        return [f"packing: the stream is packed {WINDOW} rows at a time, into packs of up to {capacity} tokens"]
+    packs = len(best_fit_decreasing(lengths, capacity, seed=seed))
+    rows = max(1, round(size * len(lengths) / packs))
+    full, spared = sum(lengths) / (packs * capacity), padding(lengths, rows, seed=seed)
+    return [
+        f"packing: {len(lengths):,} rows in {packs:,} packs of up to {capacity} tokens, {full:.1%} full; "
+        f"a batch of {size} packs holds about {rows} rows, and padded these would be {spared:.1%} padding"
+    ]
 
 
 SFT = Stage(
@@ -122,6 +176,7 @@ SFT = Stage(
     configure=_configure,
     encode=_encode,
     build_trainer=_build_trainer,
+    layout=_layout,
 )
 LORA = Stage(
     name="lora",
@@ -132,4 +187,5 @@ LORA = Stage(
     configure=_configure,
     encode=_encode,
     build_trainer=_build_trainer,
+    layout=_layout,
 )

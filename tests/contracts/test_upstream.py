@@ -124,6 +124,48 @@ def test_trl_knows_the_loss_types_of_the_recipe():
     assert set(get_args(LossType)) == {*known, *_OWN_LOSSES}
 
 
+def test_transformers_still_lets_documents_see_one_another(checkpoints):
+    """models.documents derives positions at the backbone and keeps caches away; when this fails it need not."""
+    from transformers import Ernie4_5_VLMoeForConditionalGeneration
+
+    model = Ernie4_5_VLMoeForConditionalGeneration.from_pretrained(checkpoints["vl_moe"])
+    ids, positions = torch.arange(300, 340)[None], torch.arange(20).repeat(2)[None]
+    with torch.no_grad():
+        alone = model(input_ids=ids[:, 20:]).logits
+        for leaking in ({"position_ids": positions, "use_cache": False}, {"position_ids": positions.expand(4, 1, -1)}):
+            assert (model(input_ids=ids, **leaking).logits[:, 20:] - alone).abs().max() > 1e-2
+
+
+def test_what_packed_documents_lean_on():
+    """models.documents registers an attention and its mask, and hands bounds down through every keyword argument."""
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import Ernie4_5_VLMoeModel
+    from trl import SFTTrainer
+
+    assert AttentionInterface.register and AttentionMaskInterface.register
+    masks = inspect.getsource(masking_utils.create_causal_mask)
+    assert "q_length=q_length" in masks and "mask_function=mask_factory_function" in masks
+    assert "position_diff != 1" in inspect.getsource(masking_utils.find_packed_sequence_indices)
+    assert list(inspect.signature(sdpa_attention_forward).parameters)[:5] == [
+        *("module", "query", "key", "value", "attention_mask"),
+    ]
+    known = list(inspect.signature(Ernie4_5_VLMoeModel.get_rope_index).parameters)
+    assert known[1:3] == ["input_ids", "mm_token_type_ids"] and {"image_grid_thw", "attention_mask"} <= set(known)
+    # tokens of a batch without a mask; and why packing is not left to TRL: it brings its own collator, without images
+    assert 'inputs["position_ids"].size(1)' in inspect.getsource(SFTTrainer.compute_loss)
+    assert "a custom data collator is not supported when using padding-free" in inspect.getsource(SFTTrainer.__init__)
+
+
+def test_data_is_fetched_between_the_steps():
+    """runs.clock measures the wait from there."""
+    from transformers import Trainer
+
+    source = inspect.getsource(Trainer._run_epoch)
+    places = [source.index(f"{name}(") for name in ("get_batch_samples", "on_step_begin", "on_step_end")]
+    assert places == sorted(places) and source.index("_maybe_log_save_evaluate(") > places[-1]
+
+
 def test_trl_takes_a_column_named_images_for_its_own():
     """data.render calls the column `media`; when this fails it may have its natural name."""
     from trl import SFTTrainer

@@ -1,0 +1,195 @@
+"""A step of `lora` on rows laid end to end against the same step on padded rows, images included.
+
+    python -m benchmarks.packing [--preset mini] [--repetitions 5] [--rows 8] [--capacity 1024]
+
+packed: rows in packs, each document attended by itself; block_mask: the same packs under transformers' own block mask;
+padded: batches of so many rows as they are drawn. Every arm's step holds the same documents, in two batches that are
+accumulated. Lengths are spread evenly over the logarithm of 1:10; every other row shows an image that takes about half
+of its tokens. Useful tokens are those of the documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Arm, demand_equal, interleave, keep, machine, median, ratio, show
+
+ARMS = ("packed", "block_mask", "padded")
+BATCHES = 2  # of a step
+WARM_UP = 1
+_SHORTEST, _OVERHEAD = 30, 24  # tokens: of a row, and of what the chat template writes around its text
+_TOKEN_SIDE = 28  # pixels of an image along which one token goes
+
+
+def make_rows(folder: Path, count: int) -> None:
+    """rows.jsonl and its images."""
+    import numpy as np
+    from PIL import Image
+
+    draw, noise = random.Random(0), np.random.default_rng(0)
+    lines = []
+    for number in range(count):
+        length, images = int(_SHORTEST * 10 ** draw.random()), []
+        text = length - _OVERHEAD
+        if number % 2:
+            side = max(2, round((length / 2) ** 0.5))
+            pixels = noise.integers(0, 256, (side * _TOKEN_SIDE, side * _TOKEN_SIDE, 3), dtype=np.uint8)
+            images = [f"{number}.png"]
+            Image.fromarray(pixels).save(folder / images[0])
+            text -= side * side
+        answer = " ".join(draw.choice(["one", "two", "three", "plus"]) for _ in range(max(2, text)))
+        messages = [{"role": "user", "content": "Which digit is this?"}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": messages, "images": images}) + "\n")
+    (folder / "rows.jsonl").write_text("".join(lines))
+
+
+def make_batches(lengths: list[int], given: argparse.Namespace, steps: int) -> dict[str, list[list[int]]]:
+    """The rows of each batch, BATCHES for a step, for packed and for padded arms. A step's rows are drawn anew until
+    they fill as many packs as it has batches."""
+    from ernie_align.data.packing import best_fit_decreasing
+
+    draw, found = random.Random(0), {"packed": [], "padded": []}
+    while len(found["padded"]) < BATCHES * steps:
+        rows = draw.sample(range(len(lengths)), BATCHES * given.rows)
+        packs = best_fit_decreasing([lengths[row] for row in rows], given.capacity, seed=0)
+        if len(packs) == BATCHES:
+            found["packed"] += [[rows[place] for place in members] for members in packs]
+            found["padded"] += [rows[start : start + given.rows] for start in range(0, len(rows), given.rows)]
+    return found
+
+
+def recipe(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """The run that every arm takes its model, rows and settings from."""
+    return {
+        "stage": "lora",
+        "model": {"name": str(folder / "model"), "dtype": "float32"},
+        "adapter": {"scopes": ["attention", "text_experts", "vision_experts"], "rank": 8, "alpha": 16},
+        "data": {"train": [{"path": str(folder / "rows.jsonl")}], "max_length": given.capacity},
+        "training": {
+            "max_steps": WARM_UP + given.repetitions + 1,  # the last one is never asked for, and its process ends
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": BATCHES,
+            "train_sampling_strategy": "sequential",
+            "gradient_checkpointing": given.checkpointing,
+            "learning_rate": 1e-5,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+        },
+        "run": {"dir": str(folder / "run")},
+    }
+
+
+def work(arm: str, folder: Path, given: argparse.Namespace) -> None:
+    """Be one arm."""
+    from datasets import Dataset
+    from transformers import set_seed
+
+    from benchmarks.sft import gate
+    from ernie_align.data.collate import Collator, FlatCollator
+    from ernie_align.models.documents import attend_by_document
+    from ernie_align.models.load import load_model
+    from ernie_align.report.console import hush
+    from ernie_align.runs import load_recipe, prepare_data, set_up
+    from ernie_align.stages.sft_trainer import SupervisedTrainer
+
+    asked = gate()
+    hush()
+    setup = set_up(load_recipe(recipe(folder, given)))
+    data = prepare_data(setup)
+    bundle = load_model(setup.recipe.model.name, dtype="float32")
+    set_seed(0)
+    setup.stage.wrap(setup.recipe, bundle)
+    pad = Collator(bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor)
+
+    def padded(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        return pad([data.train[number] for example in examples for number in example["members"]])
+
+    if arm == "packed":
+        attend_by_document(bundle.model)
+    flat = FlatCollator(data.train, image_processor=bundle.image_processor)
+    batches = json.loads((folder / "batches.json").read_text())["padded" if arm == "padded" else "packed"]
+    SupervisedTrainer(
+        model=bundle.model,
+        args=setup.stage.configure(setup.recipe, setup.recipe.run.dir),
+        data_collator=padded if arm == "padded" else flat,
+        train_dataset=Dataset.from_dict({"members": batches}),
+        processing_class=bundle.processor,
+        callbacks=[asked],
+        row_name=data.row_name,
+    ).train()
+
+
+def main() -> None:
+    """Make model, rows and batches, ask the arms in turn, prove them equal, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="mini", choices=["tiny", "mini"])
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=8, help="rows of a padded batch")
+    parser.add_argument("--capacity", type=int, default=1024, help="tokens of a pack")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.arm:
+        work(given.arm, given.folder, given)
+        return
+    from ernie_align.runs import load_recipe, prepare_data, set_up
+    from ernie_align.tiny import make_checkpoint
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_checkpoint("vl_moe", folder / "model", preset=given.preset)
+        make_rows(folder, 400)
+        rows = prepare_data(set_up(load_recipe(recipe(folder, given)))).train
+        lengths, vision = rows["length"][:], sum(rows["vision_tokens"][:])
+        batches = make_batches(lengths, given, WARM_UP + given.repetitions + 1)
+        (folder / "batches.json").write_text(json.dumps(batches))
+        settings = {key: getattr(given, key) for key in ("preset", "repetitions", "rows", "capacity", "checkpointing")}
+        arguments = [f"--{key}={value}" for key, value in settings.items() if not isinstance(value, bool)]
+        arguments += [f"--folder={folder}", *(["--checkpointing"] if given.checkpointing else [])]
+        arms = [Arm("benchmarks.packing", arm, arguments) for arm in ARMS]
+        steps = interleave(arms, given.repetitions, warm_up=WARM_UP)
+    for arm in ("packed", "block_mask"):
+        # sums of float32 in another order, over two batches; Adam shows rounding from the second step on
+        demand_equal(steps[arm], steps["padded"], {"loss": 1e-4, "grad_norm": 1e-3})
+
+    measured = batches["padded"][BATCHES * WARM_UP :][: BATCHES * given.repetitions]
+    useful = [sum(lengths[row] for row in batch) for batch in measured]
+    laid = [len(batch) * max(lengths[row] for row in batch) for batch in measured]
+    tokens = BATCHES * sum(useful) / len(useful)
+    figures = {
+        arm: {
+            "seconds": median(steps[arm], "seconds"),
+            "padded_over_it": ratio(steps["padded"], steps[arm]),
+            "useful_tokens_per_second": tokens / median(steps[arm], "seconds"),
+            "peak_bytes": max(step["peak"] for step in steps[arm]),
+        }
+        for arm in ARMS
+    }
+    facts = {
+        "shortest": min(lengths),
+        "longest": max(lengths),
+        "vision_share": vision / sum(lengths),
+        "useful_tokens_per_step": tokens,
+        "padding": 1 - sum(useful) / sum(laid),
+    }
+    print(f"{given.preset}, {machine()}, float32, checkpointing {given.checkpointing}")
+    print(
+        f"rows of {facts['shortest']} to {facts['longest']} tokens, {facts['vision_share']:.0%} of them vision; "
+        f"{tokens:.0f} useful tokens a step; {facts['padding']:.1%} padding in batches of {given.rows} rows\n"
+    )
+    print("| | s a step | padded's time over it | useful tokens/s | peak GB |\n|---|---|---|---|---|")
+    for arm, figure in figures.items():
+        times = f"{figure['seconds']:.2f} | {show(figure['padded_over_it'])} | "
+        print(f"| {arm} | {times}{figure['useful_tokens_per_second']:.0f} | {figure['peak_bytes'] / 1e9:.2f} |")
+    keep("packing" if given.preset == "mini" else f"packing-{given.preset}", {**settings, **facts, "arms": figures})
+
+
+if __name__ == "__main__":
+    main()
