@@ -1,6 +1,6 @@
 """A step of DPO on pairs with large images: with the prompt shared, with images encoded once, and the plain way.
 
-    python -m benchmarks.dpo [--preset mini] [--repetitions 5] [--pairs 2] [--side 448]
+    python -m benchmarks.dpo [--preset mini] [--repetitions 5] [--pairs 3] [--side 448]
 
 plain: TRL's DPOTrainer, a row for each side, each image encoded for each row and each model; apart: this toolkit's, of
 which each image is encoded once; shared: with `dpo.shared_prompt`, one row for both sides. All have the same model,
@@ -114,6 +114,7 @@ def trainer_of(arm: str, folder: Path, given: argparse.Namespace) -> Any:
 
 def trls_own(bundle: Any, config: Any, rows: Any) -> Any:
     """TRL's DPOTrainer on our model and our encoded rows, against the model without its adapter."""
+    import torch
     from trl import DPOTrainer
 
     from ernie_align.data.pairs import PairCollator
@@ -125,7 +126,8 @@ def trls_own(bundle: Any, config: Any, rows: Any) -> Any:
     collate = PairCollator(bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor)
 
     def as_trl_has_it(examples: list[dict[str, Any]]) -> dict[str, Any]:
-        return {key: value for key, value in collate(examples).items() if key not in ("rows", "vision_tokens")}
+        batch = {key: value for key, value in collate(examples).items() if key not in ("rows", "vision_tokens")}
+        return batch | {key: torch.cat([batch[key]] * 2) for key in ("pixel_values", "image_grid_thw")}
 
     trainer = Encoded(
         model=bundle.model,
@@ -198,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="mini", choices=["tiny", "mini"])
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--pairs", type=int, default=2, help="pairs of a step")
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of a step")
     parser.add_argument("--side", type=int, default=448, help="pixels of an image's side, in steps of 28")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)

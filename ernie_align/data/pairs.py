@@ -133,12 +133,12 @@ def _columns(chosen: Example, rejected: Example, cut: bool) -> dict[str, Any]:
 
 class PairCollator:
     """Pairs -> input_ids (2P, T), attention_mask (2P, T), completion_mask (2P, T): the chosen answers of all pairs,
-    then the rejected ones, each behind its prompt; and pixel_values (patches, C·P²), image_grid_thw (n, 3), all twice.
+    then the rejected ones, each behind its prompt; and pixel_values (patches, C·P²), image_grid_thw (n, 3) of each
+    image once, though its placeholders stand in two rows: models.vision_once shows it to both.
 
     `rows` (P, 2) and `vision_tokens` () come along as from Collator; `ref_chosen_logps` and `ref_rejected_logps` (P,)
     where they were computed beforehand.
-    row_name: (source, row) -> the row's name, for errors; images_once: the pixels of a pair come once, for a model that
-    is told so.
+    row_name: (source, row) -> the row's name, for errors.
     """
 
     def __init__(
@@ -147,12 +147,10 @@ class PairCollator:
         *,
         image_processor: Any = None,
         row_name: Callable[[int, int], str] = lambda source, row: f"row {row} of source {source}",
-        images_once: bool = False,
     ):
         self.pad_token_id = pad_token_id
         self.image_processor = image_processor
         self.row_name = row_name
-        self.images_once = images_once
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Raises DataError where an image is gone or broken since the row was judged."""
@@ -168,16 +166,13 @@ class PairCollator:
             "rows": torch.tensor([example["rows"] for example in examples]),
             "vision_tokens": torch.tensor(sum(example["vision_tokens"] for example in examples)),
         }
-        pixels = pixels_of(examples, self.image_processor, self.row_name)  # decoded once, shown to both sides
-        if not self.images_once:
-            pixels = {name: torch.cat([values, values]) for name, values in pixels.items()}
-        return batch | _reference(examples) | pixels
+        return batch | _reference(examples) | pixels_of(examples, self.image_processor, self.row_name)
 
 
 class SharedPromptCollator(PairCollator):
     """Pairs -> input_ids (P, T), attention_mask (P, T): each prompt once, behind it the chosen and the rejected answer;
     `parts` (P, 3): the lengths of the three; completion_mask (2P, 1 + C): of the chosen answers of all pairs, then of
-    the rejected ones, behind the last token of the prompt; and pixels of each image once.
+    the rejected ones, behind the last token of the prompt; and the pixels of each image.
 
     The rest is as from PairCollator. `vision_tokens` counts what stands in these rows.
     """

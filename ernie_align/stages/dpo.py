@@ -225,14 +225,7 @@ def _build_trainer(
     from ernie_align.stages.dpo_trainer import PreferenceTrainer
 
     block = recipe.dpo
-    images = bundle.image_processor
-    collate = (
-        SharedPromptCollator(bundle.tokenizer.pad_token_id, image_processor=images, row_name=batches.row_name)
-        if block.shared_prompt
-        else PairCollator(
-            bundle.tokenizer.pad_token_id, image_processor=images, row_name=batches.row_name, images_once=True
-        )
-    )
+    collator = SharedPromptCollator if block.shared_prompt else PairCollator
     stored = None
     if block.reference == "precomputed" and not block.reference_free:
         stored = stored_reference(recipe, bundle, Path(config.output_dir), depends_on=f"ld_alpha {block.ld_alpha}")
@@ -240,7 +233,9 @@ def _build_trainer(
         model=bundle.model,
         ref_model=frozen_model(recipe) if _has_own_reference(recipe) else None,
         args=config,
-        data_collator=collate,
+        data_collator=collator(
+            bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor, row_name=batches.row_name
+        ),
         train_dataset=batches.train,
         eval_dataset=batches.eval,
         processing_class=bundle.processor,
