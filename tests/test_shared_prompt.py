@@ -189,18 +189,41 @@ def test_features_are_those_of_images_that_are_shown_twice(trained, checkpoints,
         assert gradient.abs().max() > 0 and (once_gradient - gradient).abs().max() <= 1e-5 * gradient.abs().max()
 
 
-def test_another_models_tower_has_features_of_its_own(checkpoints, digits):
-    """What is kept belongs to one batch: the next sees its own images, and a hook is gone with its context."""
+def test_no_image_is_taken_for_another(checkpoints, digits):
+    """Features are kept for the very same pixels and grids alone, and a hook is gone with its context."""
     bundle = load_model(str(checkpoints["vl_moe"]), dtype="float32")
     batch = {name: values for name, values in batch_with_images(bundle, digits).items() if name != "vision_tokens"}
     other = {**batch, "pixel_values": batch["pixel_values"].flip(0)}
+    images = ImagesOnce(frozen=True)
     with torch.no_grad():
-        plain = [bundle.model(**inputs, use_cache=False).logits for inputs in (batch, other)]
-        for inputs, expected in zip((batch, other), plain, strict=True):
-            with ImagesOnce(frozen=True).shown(bundle.model):
+        plain = [bundle.model(**inputs, use_cache=False).logits for inputs in (batch, other, batch)]
+        for inputs, expected in zip((batch, other, batch), plain, strict=True):
+            with images.shown(bundle.model):
                 assert torch.equal(bundle.model(**inputs, use_cache=False).logits, expected)
         assert torch.equal(bundle.model(**other, use_cache=False).logits, plain[1])
-    assert not torch.equal(*plain)
+    assert not torch.equal(plain[0], plain[1])
+
+
+def test_an_image_that_comes_again_is_encoded_once(checkpoints, digits):
+    """As the completions of one prompt bring it: logits are those of encoding each, to the height of a product."""
+    bundle = load_model(str(checkpoints["vl_moe"]), dtype="float32")
+    batch = {name: values for name, values in batch_with_images(bundle, digits).items() if name != "vision_tokens"}
+    order = torch.tensor([1, 0, 1, 1])  # rows of one image, two, one, one
+    patches = batch["pixel_values"].split(16)
+    places = [2, 0, 1, 2, 2]
+    again = {name: batch[name][order] for name in ("input_ids", "attention_mask")}
+    again |= {
+        "pixel_values": torch.cat([patches[place] for place in places]),
+        "image_grid_thw": batch["image_grid_thw"][places],
+    }
+    asked = []
+    bundle.model.model.vision_tower.register_forward_pre_hook(lambda module, args: asked.append(len(args[1])))
+    with torch.no_grad():
+        plain = bundle.model(**again, use_cache=False).logits
+        with ImagesOnce(frozen=True).shown(bundle.model):
+            once = bundle.model(**again, use_cache=False).logits
+    assert asked == [5, 3]
+    assert torch.allclose(once, plain, atol=1e-5)
 
 
 def test_flash_attention_is_refused(checkpoints, pairs, tmp_path):

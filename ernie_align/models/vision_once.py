@@ -6,7 +6,7 @@ the backbone, so within its forward, where autocast, gathered shards and recompu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -34,14 +34,15 @@ class ImagesOnce:
     """The images of one batch. Made anew for each batch and gone with it, so that no feature outlives its step.
 
     frozen: of vision_is_frozen, for the model that is trained. Features are then computed without gradient by the first
-    model that needs them and serve all others, which must have the same tower; otherwise each forward computes its
-    own. Input embeddings that are made to require gradients for checkpointing would else send a backward, and a second
-    forward, through a tower that learns nothing.
+    model that shows these pixels and serve the next, which must have the same tower; otherwise each forward computes
+    its own. (Input embeddings that are made to require gradients for checkpointing would send a backward, and a second
+    forward, through a tower that learns nothing.) An image that comes several times, as those of several completions
+    of one prompt do, is encoded once.
     """
 
     def __init__(self, *, frozen: bool):
         self.frozen = frozen
-        self._features: tuple[Tensor, ...] | None = None
+        self._kept: tuple[Tensor, Tensor, tuple[Tensor, ...]] | None = None  # pixels, their grid, their features
 
     @contextmanager
     def shown(self, model: nn.Module, *, times: int = 1) -> Iterator[None]:
@@ -65,10 +66,35 @@ class ImagesOnce:
 
     def _encoded(self, backbone: nn.Module, pixel_values: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
         """Of each image (tokens, H)."""
-        if self._features is not None:
-            return self._features
+        if self._kept is not None and _same(self._kept[0], pixel_values) and _same(self._kept[1], grid):
+            return self._kept[2]
+        images = pixel_values.split(grid.prod(dim=-1).tolist())
+        first = _first_alike(images, grid)
+        distinct = sorted(set(first))
+        pixels = pixel_values if len(distinct) == len(images) else torch.cat([images[place] for place in distinct])
         with torch.no_grad() if self.frozen else nullcontext():
-            features = tuple(backbone.get_image_features(pixel_values, grid, return_dict=True).pooler_output)
+            found = backbone.get_image_features(pixels, grid[distinct], return_dict=True).pooler_output
+        features = tuple(found[distinct.index(place)] for place in first)
         if self.frozen:
-            self._features = features
+            self._kept = pixel_values, grid, features
         return features
+
+
+def _same(kept: Tensor, given: Tensor) -> bool:
+    return kept is given or torch.equal(kept, given)
+
+
+def _first_alike(images: Sequence[Tensor], grid: Tensor) -> list[int]:
+    """Of each image (patches, C·P²): the place of the first that is the same, pixel by pixel, which may be its own."""
+    if len(images) < 2:
+        return [0] * len(images)
+    sums = torch.stack([image.sum() for image in images]).tolist()  # one wait for the device; alike only if these are
+    seen: dict[tuple, list[int]] = {}
+    first = []
+    for number, (image, size, total) in enumerate(zip(images, grid.tolist(), sums, strict=True)):
+        others = seen.setdefault((*size, total), [])
+        place = next((other for other in others if torch.equal(images[other], image)), number)
+        if place == number:
+            others.append(number)
+        first.append(place)
+    return first

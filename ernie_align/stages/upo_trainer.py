@@ -15,7 +15,7 @@ from ernie_align import losses
 from ernie_align.data.collate import model_inputs
 from ernie_align.data.render import IGNORED
 from ernie_align.models.adapters import REFERENCE_ADAPTER
-from ernie_align.models.vision_once import ImagesOnce, vision_is_frozen
+from ernie_align.models.vision_once import ImagesOnce
 from ernie_align.stages.upo_pairs import OfflinePairs
 from ernie_align.stages.upo_rollouts import RolloutTrainer
 
@@ -32,7 +32,6 @@ class UnifiedTrainer(RolloutTrainer):
         super().__init__(*args, **kwargs)
         self.beta = self.block.kl_weight  # TRL's name for the weight of the KL term
         self.pairs = pairs
-        self.vision_is_frozen = vision_is_frozen(self.model)
         self._first_length: float | None = None
         for found in pairs.values():
             found.ask_reference(self._reference_of_pairs, self.args.per_device_train_batch_size)
