@@ -16,8 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The module that turns ids and pixels into hidden states, under an adapter too."""
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    """The module that turns ids and pixels into hidden states, of a model or of the PeftModel around it."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base.base_model
 
 
