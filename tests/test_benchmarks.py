@@ -30,6 +30,11 @@ def test_the_step_benchmark_proves_its_arms_equal():
     assert all(f"| {arm} |" in table for arm in ("ours", "stock", "attention"))
 
 
+def test_the_preference_benchmark_proves_its_arms_equal():
+    table = run("benchmarks.dpo", "--preset=tiny", "--repetitions=1", "--side=112")
+    assert all(f"| {arm} |" in table for arm in ("plain", "apart", "shared"))
+
+
 def test_the_gpu_benchmark_runs_on_what_is_here_and_its_arms_lose_alike():
     """So that it is no dead code on the day that a GPU is there."""
     losses = {}

@@ -62,6 +62,7 @@ MODES = {
     "fresh adapter": {"adapter": BOTH_POOLS},
     "continued adapter": {"adapter": {**BOTH_POOLS, "path": "ADAPTER"}},
     "full": {"adapter": None, "tune": {"scopes": "all"}},
+    "fresh adapter, shared prompt": {"adapter": BOTH_POOLS, "dpo": {"shared_prompt": True}},
     "fresh adapter, precomputed": {"adapter": BOTH_POOLS, "dpo": {"reference": "precomputed"}},
     "continued adapter, precomputed": {
         "adapter": {**BOTH_POOLS, "path": "ADAPTER"},
@@ -92,7 +93,7 @@ def test_at_step_zero_the_policy_is_its_reference(
     assert logged(tmp_path / "run", "rewards/chosen") == logged(tmp_path / "run", "rewards/rejected") == [0.0]
 
 
-@pytest.mark.parametrize("mode", ["fresh adapter", "continued adapter", "full"])
+@pytest.mark.parametrize("mode", ["fresh adapter", "fresh adapter, shared prompt", "continued adapter", "full"])
 def test_the_guard_counts_the_same_vision_tokens_in_both_models(
     mode, checkpoints, mixed_pairs, adapter, tmp_path, monkeypatch
 ):
@@ -108,7 +109,8 @@ def test_the_guard_counts_the_same_vision_tokens_in_both_models(
     monkeypatch.setattr(watch, "check_routing", spy)
     training = {"max_steps": 1}
     run_quietly(recipe_in_mode(mode, checkpoints, mixed_pairs, tmp_path / "run", adapter, training=training))
-    assert counted == [{2 * 2 * 6}, {2 * 2 * 6}]  # two images of 4 placeholders with start and end, on both sides
+    sides = 1 if "shared" in mode else 2
+    assert counted == [{sides * 2 * 6}] * 2  # two images of 4 placeholders with start and end, on both sides
 
 
 def stock_trainer(model, tokenizer, rows, config):
@@ -280,7 +282,9 @@ def test_the_scope_moves_and_nothing_else(family, checkpoints, mixed_pairs, text
     assert all(last in name and "vision_moe" in name for name in still)
 
 
-@pytest.mark.parametrize("mode", ["fresh adapter", "continued adapter", "full", "full, precomputed"])
+@pytest.mark.parametrize(
+    "mode", ["fresh adapter", "fresh adapter, shared prompt", "continued adapter", "full", "full, precomputed"]
+)
 def test_resumed_is_never_stopped(mode, checkpoints, digits, adapter, tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"
     rows = digits / "preferences-val.jsonl"
@@ -327,15 +331,18 @@ def test_precomputed_log_probabilities_are_reused_or_refused(checkpoints, mixed_
 def test_evaluation_counts_pairs_and_expert_flips(checkpoints, digits, tmp_path):
     """Means over pairs, whatever the batches; a policy that has not moved flips no expert."""
     values = {}
-    for size, rate in ((3, 1e-2), (5, 1e-2), (5, 0.0)):
+    for size, rate, shared in ((3, 1e-2, False), (5, 1e-2, True), (5, 0.0, True)):
         run = tmp_path / f"{size}-{rate}"
         recipe = recipe_of("dpo", checkpoints["vl_moe"], digits / "preferences-val.jsonl", run, adapter=BOTH_POOLS)
+        recipe["dpo"] = {"shared_prompt": shared}
         recipe["data"]["train"][0]["limit"] = 8
         recipe["data"]["eval"] = [{"path": str(digits / "preferences-test.jsonl"), "limit": 8}]
         recipe["training"] |= {"per_device_eval_batch_size": size, "learning_rate": rate}
         values[size, rate] = run_quietly(recipe).metrics
     for key in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):
-        assert values[3, 1e-2][key] == pytest.approx(values[5, 1e-2][key], rel=1e-4)  # padding of other widths
+        assert values[3, 1e-2][key] == pytest.approx(
+            values[5, 1e-2][key], rel=1e-4
+        )  # padding of other widths, and two layouts
     for pool in ("text", "vision"):
         assert values[5, 0.0][f"eval_routing/flips_{pool}"] == 0
         assert 0 < values[5, 1e-2][f"eval_routing/flips_{pool}"] < 1

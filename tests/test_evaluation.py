@@ -104,6 +104,8 @@ def test_preference_is_which_answer_is_more_likely(checkpoints, digits, tmp_path
         (pair,) = encode(canonical(json.loads(line), "preference", digits))
         batch = PairCollator(0, image_processor=bundle.image_processor)([pair | {"rows": [0, 0]}])
         inputs = {name: batch[name] for name in batch if name not in ("rows", "vision_tokens", "completion_mask")}
+        shown = [name for name in ("pixel_values", "image_grid_thw") if name in batch]
+        inputs |= {name: torch.cat([batch[name]] * 2) for name in shown}  # to the better and to the worse answer
         with torch.no_grad():
             logits = bundle.model(**inputs, use_cache=False).logits[:, :-1]
         nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from ernie_align.data.formats import canonical, detect
-from ernie_align.data.pairs import PairCollator, PairEncoder, pairs_of
+from ernie_align.data.pairs import PairCollator, PairEncoder, SharedPromptCollator, pairs_of
 from ernie_align.data.row import Ending, RowDropped, RowFault
 from tests.conftest import FAMILIES
 
@@ -173,7 +172,7 @@ def test_the_preview_shows_prompt_and_both_sides(renderers):
     assert as_text(parts).count("token") == 3
 
 
-def test_a_batch_is_chosen_above_rejected_with_images_twice(renderers, digits):
+def test_a_batch_is_chosen_above_rejected_with_each_image_once(renderers, digits):
     from ernie_align.models.load import load_model
 
     rows = [json.loads(line) for line in (digits / "preferences-val.jsonl").read_text().splitlines()[:2]]
@@ -189,5 +188,26 @@ def test_a_batch_is_chosen_above_rejected_with_images_twice(renderers, digits):
             assert batch["attention_mask"][place].sum() == len(ids)
             compared = batch["input_ids"][place][batch["completion_mask"][place].bool()]
             assert compared.tolist() == example[f"{side}_ids"]
-    assert batch["image_grid_thw"].shape == (4, 3) and batch["vision_tokens"] == 4 * 6
-    assert torch.equal(*batch["pixel_values"].chunk(2))
+    # the tokens of both sides are counted, their pixels come once
+    assert batch["image_grid_thw"].shape == (2, 3) and batch["vision_tokens"] == 4 * 6
+    assert len(batch["pixel_values"]) == 2 * 16
+
+
+def test_a_shared_prompt_stands_before_both_answers(renderers, digits):
+    rows = [SAME["preference"], {"prompt": "", "chosen": "two three", "rejected": "one"}]
+    examples = [encoded(row, renderers["dense"])[0] | {"rows": [0, number]} for number, row in enumerate(rows)]
+    batch = SharedPromptCollator(0)(examples)
+    for number, example in enumerate(examples):
+        lengths = batch["parts"][number].tolist()
+        found = batch["input_ids"][number][: sum(lengths)].tolist()
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        assert found == [token for name in names for token in example[name]]
+        assert lengths == [len(example[name]) for name in names]
+        assert batch["attention_mask"][number].sum() == sum(lengths)
+    masks = batch["completion_mask"]
+    assert masks.sum(dim=1).tolist() == [
+        len(example[f"{side}_ids"]) for side in ("chosen", "rejected") for example in examples
+    ]
+    # behind a prompt the first token is predicted, in an empty row it is not: the column that a loss leaves out has it
+    predicted = [bool(example["prompt_ids"]) for example in examples] * 2
+    assert masks[:, 1].bool().tolist() == predicted and masks[:, 0].bool().tolist() == [not on for on in predicted]

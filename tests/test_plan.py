@@ -201,6 +201,12 @@ def test_references_and_rollouts_are_counted():
     assert dpo.setting.rows == 2  # a batch of one pair
     free = ernie_align.plan(ROOT / "recipes" / "dpo" / "0.3b.yaml", overrides=["dpo.reference=precomputed"])
     assert free.memory.reference == 0
+    vl, half = ROOT / "recipes" / "dpo" / "vl_28b.yaml", 4096 // 2
+    apart, shared = (ernie_align.plan(vl, overrides=[f"dpo.shared_prompt={on}"]) for on in ("false", "true"))
+    assert (apart.setting.rows, apart.setting.positions) == (2, 4 * half)
+    assert (shared.setting.rows, shared.setting.positions) == (1, 3 * half)  # half of a row is images, which are shared
+    assert shared.setting.vision * shared.setting.positions == pytest.approx(half)
+    assert shared.memory.peak < apart.memory.peak and shared.work.seconds < apart.work.seconds
     upo = ernie_align.plan(ROOT / "recipes" / "upo" / "vl_28b.yaml")
     assert upo.setting.drawn == 8 and upo.setting.tokens == 1024 + 512
     assert upo.memory.rollout > 2 * 28 * 512 * 2 * upo.setting.drawn * upo.setting.tokens  # keys and values alone
@@ -241,6 +247,7 @@ def hardware(options):
     [
         ("sft/0.3b.yaml", ["training.per_device_train_batch_size=64", "training.gradient_checkpointing=false"]),
         ("dpo/21b.yaml", ["training.per_device_train_batch_size=8"]),
+        ("dpo/vl_28b.yaml", ["training.per_device_train_batch_size=16"]),
         ("upo/vl_28b.yaml", ["training.per_device_train_batch_size=64"]),
     ],
 )

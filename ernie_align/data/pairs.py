@@ -136,7 +136,8 @@ def _columns(chosen: Example, rejected: Example, cut: bool) -> dict[str, Any]:
 
 class PairCollator:
     """Pairs -> input_ids (2P, T), attention_mask (2P, T), completion_mask (2P, T): the chosen answers of all pairs,
-    then the rejected ones, each behind its prompt; and pixel_values (patches, C·P²), image_grid_thw (n, 3), all twice.
+    then the rejected ones, each behind its prompt; and pixel_values (patches, C·P²), image_grid_thw (n, 3) of each
+    image once, though its placeholders stand in two rows: models.vision_once shows it to both.
 
     `rows` (P, 2) and `vision_tokens` () come along as from Collator; `ref_chosen_logps` and `ref_rejected_logps` (P,)
     where they were computed beforehand.
@@ -168,8 +169,44 @@ class PairCollator:
             "rows": torch.tensor([example["rows"] for example in examples]),
             "vision_tokens": torch.tensor(sum(example["vision_tokens"] for example in examples)),
         }
-        for name in ("ref_chosen_logps", "ref_rejected_logps"):
-            if name in examples[0]:
-                batch[name] = torch.tensor([example[name] for example in examples])
-        pixels = pixels_of(examples, self.image_processor, self.row_name)  # decoded once, shown to both sides
-        return batch | {name: torch.cat([values, values]) for name, values in pixels.items()}
+        return batch | _reference(examples) | pixels_of(examples, self.image_processor, self.row_name)
+
+
+class SharedPromptCollator(PairCollator):
+    """Pairs -> input_ids (P, T), attention_mask (P, T): each prompt once, behind it the chosen and the rejected answer;
+    `parts` (P, 3): the lengths of the three; completion_mask (2P, 1 + C): of the chosen answers of all pairs, then of
+    the rejected ones, behind the last token of the prompt; and the pixels of each image.
+
+    The rest is as from PairCollator. `vision_tokens` counts what stands in these rows.
+    """
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Raises DataError where an image is gone or broken since the row was judged."""
+        import torch
+
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        ids = [[token for name in names for token in example[name]] for example in examples]
+        masks = []
+        for side in ("chosen", "rejected"):
+            for example in examples:
+                first, *others = example[f"{side}_mask"]
+                # without a prompt nothing predicts the first token: it counts, and is not compared
+                masks.append([0, first, *others] if example["prompt_ids"] else [first, 0, *others])
+        batch = {
+            "input_ids": pad(ids, self.pad_token_id),
+            "attention_mask": pad([[1] * len(row) for row in ids], 0),
+            "parts": torch.tensor([[len(example[name]) for name in names] for example in examples]),
+            "completion_mask": pad(masks, 0),
+            "rows": torch.tensor([example["rows"] for example in examples]),
+            # images stand in prompts alone: an example counts them in both of its sides
+            "vision_tokens": torch.tensor(sum(example["vision_tokens"] for example in examples) // 2),
+        }
+        return batch | _reference(examples) | pixels_of(examples, self.image_processor, self.row_name)
+
+
+def _reference(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """ref_chosen_logps and ref_rejected_logps (P,) where they were computed beforehand."""
+    import torch
+
+    names = [name for name in ("ref_chosen_logps", "ref_rejected_logps") if name in examples[0]]
+    return {name: torch.tensor([example[name] for example in examples]) for name in names}

@@ -52,6 +52,8 @@ def pair_logps(
     skip: batches of these rows, each with a 0 beside it, are left out.
     Raises RowFault for a row that is no pair, ModelError where an image does not reach the vision experts.
     """
+    from ernie_align.models.vision_once import ImagesOnce
+
     encode = PairEncoder(renderer, max_length=sys.maxsize)
     pairs = [{**encode(row)[0], "rows": [0, number]} for number, row in enumerate(rows)]
     pairs.sort(key=lambda pair: -pair["length"])
@@ -63,7 +65,8 @@ def pair_logps(
             continue
         batch = collate(chosen)
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
-        sides = answer_logps(bundle, batch, labels).view(2, -1).T.tolist()
+        with ImagesOnce(frozen=True).shown(bundle.model, times=2):
+            sides = answer_logps(bundle, batch, labels).view(2, -1).T.tolist()
         yield [(number, better, worse) for number, (better, worse) in zip(numbers, sides, strict=True)]
 
 

@@ -59,11 +59,11 @@ def _checkpointing(setting: Setting) -> Iterator[tuple[str, Setting]]:
 
 def _batch(setting: Setting) -> Iterator[tuple[str, Setting]]:
     """Smaller batches, as many rows a step. A pair stays together, and a rollout stays as large."""
-    sides = 2 if setting.stage in ("dpo", "upo") else 1
+    sides = 2 if setting.stage in ("dpo", "upo") and not setting.shared else 1
     rows, factor = setting.rows, 1
     while rows % 2 == 0 and rows > sides:
         rows, factor = rows // 2, factor * 2
-        batch = rows // 2 if setting.stage == "dpo" else rows
+        batch = rows // 2 if setting.stage == "dpo" and not setting.shared else rows
         accumulation = setting.accumulation * factor
         says = f"training.per_device_train_batch_size={batch} training.gradient_accumulation_steps={accumulation}"
         yield says, replace(setting, rows=rows, accumulation=accumulation)
@@ -75,10 +75,10 @@ def _rollout(setting: Setting) -> Iterator[tuple[str, Setting]]:
 
 
 def _length(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    length = setting.tokens - setting.completion
+    length = setting.max_length
     while length >= 2 * _SHORTEST:
         length //= 2
-        yield f"data.max_length={length}", replace(setting, tokens=length + setting.completion)
+        yield f"data.max_length={length}", setting.of_length(length)
 
 
 def _rank(setting: Setting) -> Iterator[tuple[str, Setting]]:

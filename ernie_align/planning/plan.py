@@ -118,7 +118,6 @@ def _calculator(setting: Setting, anatomy: Anatomy, shape: Shape, context: int |
         weights = weight_bytes(anatomy, base)
         for length in contexts:
             cache = shape.cache(length, bytes_each=2)
-            longer = replace(base, tokens=length + setting.completion)
-            training = memory(longer, anatomy, shape).peak if setting.is_adapter else None
+            training = memory(base.of_length(length), anatomy, shape).peak if setting.is_adapter else None
             rows.append(Row(bits, length, weights, cache, weights + cache, training))
     return tuple(rows)

@@ -31,8 +31,8 @@ class Setting:
     vision: share of them that are image tokens; trained: sizes by part, of the adapter with LoRA; targets: adapted
     tensors; copies: of the trained adapter beside it (the reference of one that is gone on with); reference: a second
     whole model is held; drawn: completions of a rollout on each device, `generations` of each prompt; padded: rows
-    differ in length; flat: and are laid end to end, each attended by itself. LoRA on experts is computed by
-    models.grouped.
+    differ in length; flat: and are laid end to end, each attended by itself; shared: a row holds a prompt with both of
+    its answers. LoRA on experts is computed by models.grouped.
     """
 
     stage: str
@@ -59,6 +59,7 @@ class Setting:
     device: Device = "gpu"
     padded: bool = True
     flat: bool = False
+    shared: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, anatomy: Anatomy, *, vision: float) -> Setting:
@@ -99,9 +100,19 @@ class Setting:
         return self.rows * self.tokens
 
     @property
+    def max_length(self) -> int:
+        """data.max_length of such rows."""
+        return round(self.tokens * (1 + self.vision) / 2) if self.shared else self.tokens - self.completion
+
+    def of_length(self, max_length: int) -> Setting:
+        """The same with another data.max_length."""
+        tokens = round(2 * max_length / (1 + self.vision)) if self.shared else max_length + self.completion
+        return replace(self, tokens=tokens)
+
+    @property
     def masked(self) -> bool:
         """Attention is given a mask, which rows of one length and rows laid end to end do without."""
-        return self.padded and self.rows > 1 and not self.flat
+        return self.shared or (self.padded and self.rows > 1 and not self.flat)
 
     @property
     def is_adapter(self) -> bool:
@@ -118,7 +129,8 @@ def _with_policy(setting: Setting, recipe: Any) -> Setting:
     """Preference stages: pairs of rows, references, rollouts."""
     if recipe.stage == "dpo":
         asks = not recipe.dpo.reference_free and recipe.dpo.reference == "auto"
-        setting = replace(setting, rows=2 * setting.rows, asks_reference=asks)
+        setting = replace(setting, asks_reference=asks)
+        setting = _with_shared_prompt(setting) if recipe.dpo.shared_prompt else replace(setting, rows=2 * setting.rows)
     else:
         block = recipe.upo
         per_generation = recipe.training.get("steps_per_generation") or setting.accumulation
@@ -135,3 +147,12 @@ def _with_policy(setting: Setting, recipe: Any) -> Setting:
         copies=int(recipe.keeps_adapter),
         reference=recipe.adapter is None and setting.asks_reference,
     )
+
+
+def _with_shared_prompt(setting: Setting) -> Setting:
+    """Images stand in the prompt, so they at least are shared; how much of the text is, no recipe says.
+
+    A share v of max_length tokens: a row has (2 - v) · max_length, of which v / (2 - v) are image tokens.
+    """
+    longest = round((2 - setting.vision) * setting.tokens)
+    return replace(setting, tokens=longest, vision=setting.vision * setting.tokens / longest, shared=True)

@@ -90,6 +90,8 @@ def _assumed(plan: Plan) -> str:
         f"  every row has its full length, {setting.tokens:,} tokens, and all of them are scored",
         "  a GB is 10^9 bytes: what a GPU has beyond that is left to its context and to fragmentation",
     ]
+    if setting.shared:
+        lines.append("  of a shared prompt only the images are counted once: text that both answers share saves more")
     if setting.vision:
         lines.append(f"  {100 * setting.vision:.0f} % of the tokens are image tokens (--vision-share)")
     if setting.base_bits < 8 * setting.bytes_each or any(row.bits < 16 for row in plan.calculator):

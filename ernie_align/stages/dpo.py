@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from ernie_align.data.pairs import PairCollator, PairEncoder
+from ernie_align.data.pairs import PairCollator, PairEncoder, SharedPromptCollator
 from ernie_align.recipe import Block
 from ernie_align.recipe.schema import fault
 from ernie_align.stages.base import OWNED_BY_EVERY_STAGE, Batches, Stage, trl_config
@@ -91,6 +91,9 @@ class DpoBlock(Block):
         "auto",
         description="auto: adapters off, the adapter's first state, or a frozen model; precomputed: asked once, kept",
     )
+    shared_prompt: bool = Field(
+        False, description="Compute each prompt once, in one row with both answers: the same loss for less work"
+    )
     pairs: Literal["best_worst", "adjacent", "all"] = Field(
         "best_worst", description="Which pairs a row of more than two ranked answers gives"
     )
@@ -143,6 +146,17 @@ class DpoRecipe(PolicyRecipe):
     def owned_training_keys(cls) -> Mapping[str, str]:
         """See Recipe."""
         return _OWNED
+
+    @model_validator(mode="after")
+    def _a_prompt_is_shared_under_a_mask(self) -> DpoRecipe:
+        if self.dpo.shared_prompt and self.model.attention not in ("sdpa", "eager"):
+            raise fault(
+                "dpo",
+                f"shared_prompt with attention {self.model.attention}",
+                why="chosen and rejected share a row under a mask, which flash attention does not take",
+                fix="set model.attention: sdpa, or dpo.shared_prompt: false",
+            )
+        return self
 
     @model_validator(mode="after")
     def _kept_reference_is_of_rows(self) -> DpoRecipe:
@@ -211,6 +225,7 @@ def _build_trainer(
     from ernie_align.stages.dpo_trainer import PreferenceTrainer
 
     block = recipe.dpo
+    collator = SharedPromptCollator if block.shared_prompt else PairCollator
     stored = None
     if block.reference == "precomputed" and not block.reference_free:
         stored = stored_reference(recipe, bundle, Path(config.output_dir), depends_on=f"ld_alpha {block.ld_alpha}")
@@ -218,7 +233,7 @@ def _build_trainer(
         model=bundle.model,
         ref_model=frozen_model(recipe) if _has_own_reference(recipe) else None,
         args=config,
-        data_collator=PairCollator(
+        data_collator=collator(
             bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor, row_name=batches.row_name
         ),
         train_dataset=batches.train,

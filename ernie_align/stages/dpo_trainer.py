@@ -18,12 +18,12 @@ from torch import Tensor
 from trl import DPOTrainer
 
 from ernie_align import losses
-from ernie_align.data.collate import model_inputs
-from ernie_align.data.render import IGNORED
 from ernie_align.models.adapters import REFERENCE_ADAPTER
 from ernie_align.models.modality import ModalityTokens, moe_mm_token_type_ids
 from ernie_align.models.routing import expert_flips, record_experts
 from ernie_align.models.seal import beside
+from ernie_align.models.vision_once import ImagesOnce, backbone_of, vision_is_frozen
+from ernie_align.stages.dpo_forward import PairsApart, PairsShared
 from ernie_align.stages.evaluated import fresh_rows
 from ernie_align.stages.reference import ReferenceLogps
 from ernie_align.stages.sharded import ShardedTrainer
@@ -62,6 +62,8 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
         self.watch = Watch(self.model, row_name)
         self.reference_watch = Watch(self.ref_model, row_name) if self.ref_model is not None else self.watch
         self.modality = ModalityTokens.from_config(self.model.config)
+        # judged now: to ask a reference adapter is to change which weights require gradients
+        self.vision_is_frozen = vision_is_frozen(self.model)
         self._eval_pairs: list[int] = []  # of each batch of the evaluation so far
         self._eval_loss = 0.0
         self._flips: dict[str, tuple[int, int]] = {}
@@ -94,21 +96,22 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's losses and metrics of a batch of pairs, plus our own losses."""
         vision_tokens = self.watch.take(inputs)
+        pairs = self._pairs(inputs)
         evaluating = not self.model.training
         with record_experts(self.model) if evaluating else nullcontext({}) as here:
-            outputs = self._policy(model, inputs, vision_tokens)
+            outputs = self._policy(model, pairs, vision_tokens)
         with record_experts(self.ref_model or self.model) if evaluating else nullcontext({}) as there:
-            reference = self._reference(inputs, vision_tokens)
+            reference = self._reference(pairs, vision_tokens)
         if there:
             self._count_flips(here, there, inputs)
 
-        logps = outputs.log_probs  # (2P, T - 1), 0 outside the answers
+        logps = outputs.log_probs  # (2P, T - 1), or (2P, C) where the prompt is shared: 0 outside the answers
         lengths = inputs["completion_mask"][:, 1:].sum(dim=1)
         if self.length_normalize:
             scale = torch.cat(losses.length_normalized(*torch.ones_like(lengths).chunk(2), *lengths.chunk(2)))
             outputs.log_probs = logps * scale[:, None]
             reference = tuple(side * part for side, part in zip(reference, scale.chunk(2), strict=True))
-        given = {**inputs, "ref_chosen_logps": reference[0], "ref_rejected_logps": reference[1]}
+        given = {**pairs.for_loss, "ref_chosen_logps": reference[0], "ref_rejected_logps": reference[1]}
         loss = super()._compute_loss(lambda **_: outputs, given, False)
         policy = outputs.log_probs.sum(dim=1).chunk(2)
         for own_loss, weight in self.own_losses:
@@ -121,27 +124,39 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
             loss = loss + self.sft_weight * nll
         self.watch.finite(loss.detach(), "loss", self.state.global_step + 1)
         if evaluating:
-            pairs = fresh_rows(self.accelerator, len(lengths) // 2)
-            self._eval_pairs.append(pairs)
-            self._eval_loss += loss.item() * pairs
+            fresh = fresh_rows(self.accelerator, len(lengths) // 2)
+            self._eval_pairs.append(fresh)
+            self._eval_loss += loss.item() * fresh
             self.watch.step_done()
         return self.watch.anchored(loss, self.model)
 
-    def _policy(self, model: Any, inputs: dict[str, Any], vision_tokens: int) -> Any:
-        """TRL's outputs of the fused head: per-token log-probabilities and what its metrics are made of."""
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
-        with self.watch.forward(vision_tokens, labels.numel()):
-            return model(**model_inputs(inputs), labels=labels, fused_lm_head=True, use_cache=False)
+    def _pairs(self, inputs: dict[str, Any]) -> PairsApart | PairsShared:
+        """The batch, with its images encoded once for all forwards that may share them."""
+        images = ImagesOnce(frozen=self.vision_is_frozen)
+        if "parts" not in inputs:
+            return PairsApart(inputs, images)
+        return PairsShared(inputs, images, backbone_of(self._inner(self.model)))
 
-    def _reference(self, inputs: dict[str, Any], vision_tokens: int) -> tuple[Tensor, Tensor]:
+    def _inner(self, model: Any) -> Any:
+        return self.accelerator.unwrap_model(model)
+
+    def _policy(self, model: Any, pairs: PairsApart | PairsShared, vision_tokens: int) -> Any:
+        """TRL's outputs of the fused head."""
+        with self.watch.forward(vision_tokens, pairs.tokens):
+            return pairs.forward(model, self._inner(self.model))
+
+    def _reference(self, pairs: PairsApart | PairsShared, vision_tokens: int) -> tuple[Tensor, Tensor]:
         """(P,) log-probabilities of both sides under the reference; zeros where no loss asks for one."""
+        inputs = pairs.for_loss
         if "ref_chosen_logps" in inputs:
             return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         if self.reference_free:
-            nothing = torch.zeros(len(inputs["input_ids"]) // 2, device=inputs["input_ids"].device)
+            nothing = torch.zeros(len(inputs["completion_mask"]) // 2, device=inputs["completion_mask"].device)
             return nothing, nothing
-        with self.reference_watch.forward(vision_tokens, inputs["input_ids"].numel()):
-            return self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+        model = self.ref_model or self.model
+        with self.reference_watch.forward(vision_tokens, pairs.tokens):
+            # TRL chooses the adapter, autocast and what a sum over tokens is; of the forward it sees the outputs
+            return self.compute_ref_log_probs(lambda **_: pairs.forward(model, self._inner(model)), inputs)
 
     def _reference_of(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The same for a batch as the collator makes it, before training begins."""
@@ -150,7 +165,7 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
         inputs = self._prepare_inputs(batch)
         vision_tokens = self.watch.take(inputs)
         try:
-            return self._reference(inputs, vision_tokens)
+            return self._reference(self._pairs(inputs), vision_tokens)
         finally:
             self.model.train(was_training)
             self.watch.step_done()

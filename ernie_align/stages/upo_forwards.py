@@ -16,6 +16,7 @@ from ernie_align.data.render import Renderer
 from ernie_align.models.adapters import REFERENCE_ADAPTER, keep_reference
 from ernie_align.models.modality import ModalityTokens
 from ernie_align.models.seal import beside
+from ernie_align.models.vision_once import ImagesOnce, vision_is_frozen
 from ernie_align.stages.sharded import ShardedTrainer
 from ernie_align.stages.upo_groups import Group
 from ernie_align.stages.watch import Watch
@@ -47,6 +48,7 @@ class WatchedTrainer(ShardedTrainer, GRPOTrainer):
             self.ref_model = self.accelerator.prepare_model(frozen, evaluation_mode=True)
             cast = self.args.cast_lm_head_to_fp32
             add_fused_lm_head(self.ref_model, temperature=self.temperature, cast_lm_head_to_fp32=cast)
+        self.vision_is_frozen = vision_is_frozen(self.model)
         self._forbid_modality_tokens()
         self.watch = Watch(self.model, row_name)
         self.reference_watch = Watch(self.ref_model, row_name) if self.ref_model is not None else self.watch
@@ -108,9 +110,11 @@ class WatchedTrainer(ShardedTrainer, GRPOTrainer):
         return self._get_per_token_logps_and_entropies(model, ids, mask, keep, **images)[0]
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, *args, **kwargs):
-        """TRL's forward of a batch, of the policy or of the reference, with the routing watched."""
+        """TRL's forward of a batch, of the policy or of the reference, with the routing watched; the image of several
+        completions is encoded once."""
         watch = self.reference_watch if model is self.ref_model else self.watch
-        with watch.forward(self._vision_tokens(kwargs), input_ids.numel()):
+        images = ImagesOnce(frozen=self.vision_is_frozen).shown(self.accelerator.unwrap_model(model))
+        with watch.forward(self._vision_tokens(kwargs), input_ids.numel()), images:
             result = super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
         self._latest_logps = result[0]
         return result

@@ -15,6 +15,7 @@ from ernie_align import losses
 from ernie_align.data.collate import model_inputs
 from ernie_align.data.render import IGNORED
 from ernie_align.models.adapters import REFERENCE_ADAPTER
+from ernie_align.models.vision_once import ImagesOnce
 from ernie_align.stages.evaluated import over_processes
 from ernie_align.stages.upo_pairs import OfflinePairs
 from ernie_align.stages.upo_rollouts import RolloutTrainer
@@ -92,7 +93,8 @@ class UnifiedTrainer(RolloutTrainer):
         watch = self.reference_watch if model is self.ref_model else self.watch
         vision_tokens = watch.take(batch)
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
-        with watch.forward(vision_tokens, labels.numel()), self.accelerator.autocast():
+        images = ImagesOnce(frozen=self.vision_is_frozen).shown(self.accelerator.unwrap_model(model), times=2)
+        with watch.forward(vision_tokens, labels.numel()), self.accelerator.autocast(), images:
             outputs = model(**model_inputs(batch), labels=labels, fused_lm_head=True, use_cache=False)
         return outputs.log_probs.sum(dim=1).chunk(2)
 

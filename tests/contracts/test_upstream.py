@@ -106,6 +106,34 @@ def test_what_the_preference_trainer_overrides_or_calls():
     assert list(inspect.signature(Trainer._save).parameters) == ["self", "output_dir", "state_dict"]
 
 
+def test_what_shared_prompts_and_images_once_lean_on():
+    """models.shared_prompt and models.vision_once reach transformers and TRL's head through arguments and hooks."""
+    from transformers import masking_utils
+    from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import Ernie4_5_VLMoeModel
+    from trl import DPOTrainer
+    from trl.trainer.utils import add_fused_lm_head
+
+    assert "mm_encoder_outputs" in inspect.signature(Ernie4_5_VLMoeModel.forward).parameters
+    assert 'mm_encoder_outputs["image"].pooler_output' in inspect.getsource(Ernie4_5_VLMoeModel.forward)
+    asked = {"input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask"}
+    assert asked <= set(inspect.signature(Ernie4_5_VLMoeModel.get_rope_index).parameters)
+    assert "len(attention_mask.shape) == 4" in inspect.getsource(masking_utils)  # such a mask is taken as it is
+    head = inspect.getsource(add_fused_lm_head)
+    assert "getattr(self, backbone_attr)(*args, **kwargs)" in head and "labels = shift_labels" in head
+    reference = inspect.getsource(DPOTrainer.compute_ref_log_probs)
+    assert "model(**model_kwargs, labels=labels, fused_lm_head=True).log_probs" in reference
+
+
+def test_checkpointing_still_sends_gradients_through_a_frozen_tower(checkpoints):
+    """models.vision_once computes its features without gradient; when this fails it need not."""
+    from transformers import Ernie4_5_VLMoeForConditionalGeneration
+
+    model = Ernie4_5_VLMoeForConditionalGeneration.from_pretrained(checkpoints["vl_moe"]).requires_grad_(False)
+    model.enable_input_require_grads()
+    pixels, grid = torch.zeros(16, 588), torch.tensor([[1, 4, 4]])
+    assert model.model.get_image_features(pixels, grid).pooler_output[0].requires_grad
+
+
 def test_trainer_still_resumes_an_adapter_from_its_subfolders_alone():
     """stages.dpo_trainer removes the reference's folder from checkpoints; when this fails it may stay."""
     from transformers import Trainer
