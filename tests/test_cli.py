@@ -119,10 +119,10 @@ def test_help_names_every_verb():
 
 
 def test_the_public_names():
-    from ernie_align import evaluate, export, load_model, load_recipe, plan, run
+    from ernie_align import check, evaluate, export, load_model, load_recipe, plan, run
 
-    assert all(callable(name) for name in (evaluate, export, load_model, load_recipe, plan, run))
-    assert set(ernie_align.__all__) == {"evaluate", "export", "load_model", "load_recipe", "plan", "run"}
+    assert all(callable(name) for name in (check, evaluate, export, load_model, load_recipe, plan, run))
+    assert set(ernie_align.__all__) == {"check", "evaluate", "export", "load_model", "load_recipe", "plan", "run"}
     with pytest.raises(AttributeError):
         ernie_align.nothing  # noqa: B018
 
