@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _DPI = 80  # a picture in a stored notebook is then about 20 kB
 _CAPTION = 16  # characters a line
+_SMALL = 200  # pixels: the dots of a smaller image are shown as they are
 RIGHT, WRONG = "#12873f", "#c0392b"
 
 
@@ -25,7 +27,7 @@ RIGHT, WRONG = "#12873f", "#c0392b"
 class Picture:
     """A PNG, which a notebook shows where it is the last word of a cell."""
 
-    png: bytes
+    png: bytes = field(repr=False)
 
     def _repr_png_(self) -> bytes:
         return self.png
@@ -51,11 +53,12 @@ def _canvas(
         "legend.frameon": False,
         "axes.prop_cycle": matplotlib.cycler(color=charts.COLORS),
     }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
         figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
         done: list[Picture] = []
         yield figure, figure.subplots(rows, columns, squeeze=False), done
         file = io.BytesIO()
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box stands for the letter
         figure.savefig(file, format="png", metadata={"Software": None})
         done.append(Picture(file.getvalue()))
 
@@ -139,7 +142,9 @@ def gallery(items: Sequence[tuple[Sequence[str | Path], str]], *, columns: int =
             axis.axis("off")
         for axis, (paths, _), caption in zip(axes.flat, items, lines, strict=False):
             if paths:
-                axis.imshow(_side_by_side(paths), cmap="gray", vmin=0, vmax=255)
+                pixels = _side_by_side(paths)
+                small = "nearest" if pixels.shape[1] < _SMALL else "auto"
+                axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation=small)
             axis.set_anchor("N")
             for number, line in enumerate(caption):
                 color = {"+": RIGHT, "-": WRONG}.get(line[:1], "black")
@@ -166,7 +171,7 @@ def _said(row: Mapping[str, Any]) -> str:
     lines = []
     for name, said in row["results"].items():
         right = next(iter(said["scores"].values()), 0) >= 1
-        text = (said["answers"] or [""])[0].strip() or "(nothing)"
+        text = "".join(filter(str.isprintable, (said["answers"] or [""])[0])).strip() or "(nothing)"
         named = f"{name}: {text}" if len(row["results"]) > 1 else text
         lines.append(f"{'+' if right else '-'} {named}")
     return "\n".join(lines)
