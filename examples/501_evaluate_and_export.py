@@ -77,8 +77,7 @@ def main() -> int:
     # adapter and base as one model in the hub's layout, proved against the adapter before its folder appears
     folder = RUNS / "merged"
     if not folder.exists():
-        merged = export(SHIPPED, to=folder, say=print)
-        print(f"written: {merged.folder}")
+        export(SHIPPED, to=folder, say=print)
     return 0
 
 
