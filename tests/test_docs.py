@@ -15,6 +15,7 @@ import yaml
 import ernie_align
 from ernie_align.cli import app
 from ernie_align.data.formats import KEYS, canonical, detect
+from ernie_align.errors import RecipeError
 from ernie_align.evaluation import load_plan
 from ernie_align.recipe.json_schema import json_schema
 from ernie_align.recipe.reference import reference
@@ -87,6 +88,15 @@ def test_every_recipe_is_sound(page, text, tmp_path, monkeypatch):
         assert load_plan(path).metrics
     else:
         assert load_recipe(path).stage in STAGES
+
+
+def test_a_faulty_recipe_is_told_off_as_the_page_says(tmp_path, monkeypatch):
+    recipe, told = [text for page, language, text in BLOCKS if page.name == "recipes.md" and language == "text"]
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(recipe)
+    with pytest.raises(RecipeError) as error:
+        load_recipe("recipe.yaml")
+    assert str(error.value) == told.rstrip("\n")
 
 
 def _own_reward() -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from ernie_align.errors import DataError
 from ernie_align.evaluation import describe, route, routed_tokens
 from ernie_align.models.load import load_model
 from ernie_align.report import curves, expert_load, gallery, logged, token_map
+from ernie_align.report.progress import ProgressBar
 
 
 def opened(picture):
@@ -70,3 +73,11 @@ def test_what_was_logged(tmp_path):
     assert opened(curves({"loss": logged(tmp_path, "loss")})).width > 300
     with pytest.raises(DataError, match="nothing was logged as los"):
         logged(tmp_path, "los")
+
+
+def test_a_notebook_is_told_of_steps_in_lines_alone():
+    """rich's bar wants ipywidgets there, and warns in their absence."""
+    bar = ProgressBar(Console(force_jupyter=True, quiet=True))
+    bar.on_train_begin(None, SimpleNamespace(is_world_process_zero=True, max_steps=3, global_step=0), None)
+    assert bar.progress is not None and not bar.progress.live.is_started
+    bar.on_train_end(None, None, None)
