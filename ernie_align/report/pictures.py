@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ernie_align.report import charts
-from ernie_align.report.comparison import rates as rates_of
+from ernie_align.report.comparison import rates_side_by_side
 
 if TYPE_CHECKING:
     from ernie_align.evaluation import Evaluation, RoutedToken
@@ -73,19 +73,7 @@ def curves(series: Mapping[str, charts.Points], *, x: str = "step", y: str = "")
 
 def rates(evaluation: Evaluation) -> Picture:
     """The rates of an evaluation with their 95 % intervals: a line for each data set and kind, a dot a checkpoint."""
-    report = evaluation.report
-    shown, checkpoints = rates_of(report), report["checkpoints"]
-    own = [
-        {(one["data"], one["kind"], one["measure"]): one for one in checkpoint["figures"]} for checkpoint in checkpoints
-    ]
-    keys = [key for key in own[0] if key[2] in shown]
-    series = {
-        checkpoint["name"]: [
-            (figures[key]["value"], *figures[key]["interval"]) if key in figures else None for key in keys
-        ]
-        for checkpoint, figures in zip(checkpoints, own, strict=True)
-    }
-    rows = [f"{data}: {kind}, {measure}" for data, kind, measure in keys]
+    rows, series = rates_side_by_side(evaluation.report)
     with _canvas(6.8, charts.height_of_whiskers(len(rows), len(series))) as (_, axes, done):
         charts.draw_whiskers(axes[0, 0], rows, series, percent=True)
     return done[0]
