@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ernie_align.evaluation import Evaluation, RoutedToken
 
 _DPI = 80  # a picture in a stored notebook is then about 20 kB
-_CAPTION = 16  # characters a line
+_CELL = 1.5  # inches of an image in a gallery, wide and high
+_CAPTION = 18  # characters a line
 _SMALL = 200  # pixels: the dots of a smaller image are shown as they are
 RIGHT, WRONG = "#12873f", "#c0392b"
 
@@ -125,7 +126,7 @@ def gallery(items: Sequence[tuple[Sequence[str | Path], str]], *, columns: int =
     rows = -(-len(items) // columns)
     lines = [[part for line in caption.split("\n") for part in _wrapped(line)] for _, caption in items]
     below = 0.17 * max(map(len, lines))
-    with _canvas(1.5 * columns, (1.15 + below) * rows, rows=rows, columns=columns) as (_, axes, done):
+    with _canvas(_CELL * columns, (_CELL + below) * rows, rows=rows, columns=columns) as (_, axes, done):
         for axis in axes.flat:
             axis.axis("off")
         for axis, (paths, _), caption in zip(axes.flat, items, lines, strict=False):
