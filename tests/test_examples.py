@@ -31,6 +31,12 @@ def outputs(path):
     return [output for cell in cells(path) for output in cell["outputs"]]
 
 
+def stumbles(outputs):
+    """What stands on stderr, but for the warnings of a run about itself: 401 hacks a reward on purpose."""
+    text = "".join("".join(output["text"]) for output in outputs if output.get("name") == "stderr")
+    return [line for line in text.splitlines() if not re.match(r"step \d+: (completions of|KL) ", line)]
+
+
 def test_they_are_all_there():
     names = {path.name for path in (*NOTEBOOKS, *SCRIPTS)}
     assert names == {
@@ -60,7 +66,7 @@ def test_only_public_names_are_called(path):
 def test_it_was_run_from_top_to_bottom_without_a_stumble(path):
     assert [cell["execution_count"] for cell in cells(path)] == list(range(1, len(cells(path)) + 1))
     assert not [output for output in outputs(path) if output["output_type"] == "error"]
-    assert not [output for output in outputs(path) if output.get("name") == "stderr"]
+    assert not stumbles(outputs(path))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
