@@ -4,7 +4,7 @@ BIN := .venv/bin
 ALIGN := $(BIN)/ernie-align
 CHECKPOINTS := runs/demo/tiny-vl runs/demo/digits-sft/final runs/demo/digits-lora/final runs/demo/digits-vision-lora/final
 
-.PHONY: setup demo test lint clean-demo
+.PHONY: setup demo test test-examples lint clean-demo
 
 setup: .venv/ready
 
@@ -32,6 +32,10 @@ clean-demo:
 # one thread per worker: more of them than cores stand in each other's way
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# the walkthroughs, from a clean kernel in a clean folder, one after the other
+test-examples: setup
+	$(BIN)/python -m pytest -m examples tests/examples
 
 lint: setup
 	$(BIN)/ruff check .

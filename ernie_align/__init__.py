@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "examine", "export", "load_model", "load_recipe", "plan", "run", "selfcheck"]
+__all__ = ["check", "evaluate", "examine", "export", "load_model", "load_recipe", "plan", "run", "selfcheck"]
 
 if TYPE_CHECKING:
     from ernie_align.evaluation import evaluate
     from ernie_align.exporting import export
     from ernie_align.models.load import load_model
     from ernie_align.planning import Plan
-    from ernie_align.runs import RunResult, examine, load_recipe
+    from ernie_align.runs import RunResult, Setup, examine, load_recipe
     from ernie_align.runs.selfcheck import Check
 
 _HOMES = {
@@ -23,6 +23,33 @@ _HOMES = {
     "load_model": "ernie_align.models.load",
     "load_recipe": "ernie_align.runs",
 }
+
+
+def check(recipe: Any, *, overrides: Iterable[str] = (), rows: int = 100) -> Setup:
+    """Judge a recipe and the first `rows` rows of each source, and show what would be trained. Loads no weights.
+
+    recipe: a Recipe, or what load_recipe takes. Raises AlignError for the first of them that is unsound.
+    """
+    from ernie_align.data.preview import preview
+    from ernie_align.recipe import Recipe
+    from ernie_align.report.console import Terminal
+    from ernie_align.runs import load_recipe, sample_data, set_up
+
+    checked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides=overrides)
+    terminal = Terminal()
+    setup = set_up(checked)
+    for note in setup.notes:
+        terminal.say(note)
+    terminal.coverage(setup.coverage)
+    examples, counts = sample_data(setup, rows)
+    terminal.sources(counts)
+    terminal.preview(preview(examples[0], setup.renderer))
+    lines = setup.stage.layout(setup.recipe, [example["length"] for example in examples])
+    for line in (*lines, *setup.stage.tried(setup.recipe, setup.anatomy, examples[0])):
+        terminal.say(line)
+    judged = sum(count.rows for count in counts)
+    terminal.say(f"the recipe is sound, and so are the {judged} rows that were judged (rows: {rows} of each source)")
+    return setup
 
 
 def run(recipe: Any, *, resume: bool = False) -> RunResult:

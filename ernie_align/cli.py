@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ernie_align.errors import AlignError, Interrupted, RecipeError, RunError
-from ernie_align.runs import load_recipe, set_up
+from ernie_align.runs import load_recipe
 from ernie_align.runs.launch import launch as start_processes
 from ernie_align.stages import STAGES, Stage
 
@@ -64,24 +64,9 @@ def check(
     rows: Annotated[int, typer.Option(min=1, help="Judge so many rows of each source, the first ones.")] = 100,
 ) -> None:
     """Judge a recipe and its data, and show what would be trained. Loads no weights."""
-    from ernie_align.data.preview import preview
-    from ernie_align.report.console import Terminal
-    from ernie_align.runs import sample_data
+    import ernie_align
 
-    checked = load_recipe(recipe, overrides=overrides or ())
-    terminal = Terminal()
-    setup = set_up(checked)
-    for note in setup.notes:
-        terminal.say(note)
-    terminal.coverage(setup.coverage)
-    examples, counts = sample_data(setup, rows)
-    terminal.sources(counts)
-    terminal.preview(preview(examples[0], setup.renderer))
-    lines = setup.stage.layout(setup.recipe, [example["length"] for example in examples])
-    for line in (*lines, *setup.stage.tried(setup.recipe, setup.anatomy, examples[0])):
-        terminal.say(line)
-    judged = sum(count.rows for count in counts)
-    terminal.say(f"{recipe}: the recipe is sound, and so are the {judged} rows that were judged (--rows for more)")
+    ernie_align.check(recipe, overrides=overrides or (), rows=rows)
 
 
 @app.command(rich_help_panel="Look")
@@ -400,11 +385,15 @@ def tiny(
 
 
 @app.command(rich_help_panel="Look")
-def schema() -> None:
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="A page that names every key, for people.")] = False,
+) -> None:
     """Print the JSON schema of recipes, for editors."""
     from ernie_align.recipe.json_schema import json_schema
+    from ernie_align.recipe.reference import reference
 
-    typer.echo(json.dumps(json_schema({name: stage.recipe for name, stage in STAGES.items()}), indent=2))
+    recipes = {name: stage.recipe for name, stage in STAGES.items()}
+    typer.echo(reference(recipes) if markdown else json.dumps(json_schema(recipes), indent=2))
 
 
 # 4 is a missed requirement of eval, or a check that failed. 75 is sysexits' EX_TEMPFAIL, "try again": a bare 143 is

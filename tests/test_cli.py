@@ -120,19 +120,13 @@ def test_help_names_every_verb():
 
 
 def test_the_public_names():
-    from ernie_align import evaluate, export, load_model, load_recipe, plan, run
+    from ernie_align import check, evaluate, examine, export, load_model, load_recipe, plan, run, selfcheck
 
-    assert all(callable(name) for name in (evaluate, export, load_model, load_recipe, plan, run))
-    assert set(ernie_align.__all__) == {
-        "evaluate",
-        "examine",
-        "export",
-        "load_model",
-        "load_recipe",
-        "plan",
-        "run",
-        "selfcheck",
-    }
+    names = {"check", "evaluate", "examine", "export", "load_model", "load_recipe", "plan", "run", "selfcheck"}
+    assert all(
+        callable(name) for name in (check, evaluate, examine, export, load_model, load_recipe, plan, run, selfcheck)
+    )
+    assert set(ernie_align.__all__) == names
     with pytest.raises(AttributeError):
         ernie_align.nothing  # noqa: B018
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ernie_align.data.collate import Collator, model_inputs
 from ernie_align.data.render import Renderer
-from ernie_align.evaluation.questions import Question
+from ernie_align.evaluation.generate import renderer_of
+from ernie_align.evaluation.questions import Question, questions_of
 from ernie_align.models.load import Bundle
 from ernie_align.models.routing import record_experts
+from ernie_align.recipe.evaluation import DataSetBlock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +34,40 @@ class RoutingPicture:
     ids: list[list[int]]
     chosen: dict[Router, Tensor]
     experts: dict[Router, int]
+
+
+@dataclass(frozen=True)
+class RoutedToken:
+    """One token of a prompt. pool: text or vision; experts: layer -> the experts of that pool it went to."""
+
+    text: str
+    pool: str
+    experts: dict[int, list[int]]
+
+
+def route(bundle: Bundle, data: str | Path, *, rows: int = 32) -> RoutingPicture | None:
+    """Where the tokens of the first questions of a file go. None for a model without routers.
+
+    Raises DataError for a row that cannot be asked.
+    """
+    questions = list(questions_of(DataSetBlock(path=str(data), limit=rows)))
+    return routing_picture(bundle, renderer_of(bundle), questions)
+
+
+def routed_tokens(bundle: Bundle, picture: RoutingPicture, row: int = 0) -> list[RoutedToken]:
+    """The tokens of one prompt of `picture`, which `bundle` was asked, and the experts of each."""
+    vision = bundle.modality.ids if bundle.modality else frozenset()
+    pools = [["vision" if token in vision else "text" for token in ids] for ids in picture.ids]
+    before = {pool: sum(own.count(pool) for own in pools[:row]) for pool in ("text", "vision")}
+    tokens = []
+    for token, pool in zip(picture.ids[row], pools[row], strict=True):
+        experts = {
+            layer: chosen[before[pool]].tolist() for (layer, own), chosen in picture.chosen.items() if own == pool
+        }
+        text = bundle.tokenizer.convert_ids_to_tokens(token).replace("▁", " ")
+        tokens.append(RoutedToken(text, pool, experts))
+        before[pool] += 1
+    return tokens
 
 
 def first_of_each(questions: Sequence[Question], count: int) -> list[Question]:

@@ -35,7 +35,7 @@ class DataSetBlock(Block):
     name: str | None = Field(
         None, pattern=r"^[^\s@/<>=]+$", description="What figures call it; otherwise the file's name"
     )
-    format: Literal["auto"] | Format = "auto"
+    format: Literal["auto"] | Format = Field("auto", description="auto finds the format of each file")
     columns: ColumnsBlock | None = Field(None, description="For a benchmark's file in a layout of its own")
     instruction: str | None = Field(None, min_length=1, description="Behind every question, on a line of its own")
     kind_column: str = Field("kind", description="Row column that groups the figures")
@@ -91,14 +91,16 @@ class ThinkingLengthMetric(_Measure):
     """Length of the reasoning, over the answers that have one. The rate is the metric `thinking`."""
 
     name: Literal["thinking_length"]
-    unit: Literal["words", "characters"] = "words"
+    unit: Literal["words", "characters"] = Field("words", description="What is counted")
 
 
 class PassAtKMetric(_Measure):
     """The chance that one of k answers passes a verifier, estimated without bias from all samples."""
 
     name: Literal["pass_at_k"]
-    k: list[Annotated[int, Field(ge=1)]] = Field(default=[1], min_length=1)
+    k: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[1], min_length=1, description="Answers drawn, of which one passes"
+    )
     verifier: MetricBlock = Field(description="A reward; an answer passes if it earns 1")
 
     @field_validator("verifier")
@@ -140,12 +142,12 @@ MetricBlock = Annotated[
 class GenerationBlock(Block):
     """How answers are drawn. Each row has a seed of its own: neither batches nor a resumed run change what is drawn."""
 
-    max_new_tokens: int = Field(256, ge=1)
+    max_new_tokens: int = Field(256, ge=1, description="Tokens of an answer, at most")
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="0 is greedy")
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(1.0, gt=0, le=1, description="Share of probability that is drawn from")
     samples: int = Field(1, ge=1, description="Answers to each row")
     batch_size: int = Field(64, ge=1, description="Answers drawn at once")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="Of what is drawn at a temperature over 0")
     thinking: bool = Field(False, description="enable_thinking of the chat template; a row may override it")
 
     @model_validator(mode="after")
@@ -169,8 +171,8 @@ class RetentionBlock(Block):
 class Plan(Block):
     """An evaluation: every checkpoint is asked the same rows in the same way."""
 
-    data: list[DataSetBlock] = Field(min_length=1)
-    metrics: list[MetricBlock] = Field(min_length=1)
+    data: list[DataSetBlock] = Field(min_length=1, description="The files that are asked")
+    metrics: list[MetricBlock] = Field(min_length=1, description="What is measured of the answers")
     generation: GenerationBlock = Field(default_factory=GenerationBlock)
     retention: RetentionBlock = Field(default_factory=RetentionBlock)
     require: list[str] = Field(default_factory=list, description="Such as exact_match@test.jsonl/sum>=0.9")

@@ -22,7 +22,11 @@ def json_schema(recipes: Mapping[str, type[Recipe]]) -> dict[str, Any]:
         for values in training["properties"].values():
             values.pop("default", None)  # null there means only that the key may be left out
         definitions[f"{recipe.__name__}Training"] = training
-        definitions[recipe.__name__]["properties"]["training"] = {"$ref": f"#/$defs/{recipe.__name__}Training"}
+        own = definitions[recipe.__name__]["properties"]
+        own["training"] = {
+            "$ref": f"#/$defs/{recipe.__name__}Training",
+            "description": own["training"]["description"],
+        }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "ernie-align recipe",

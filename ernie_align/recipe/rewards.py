@@ -174,8 +174,8 @@ class LengthReward(_Reward):
     name: Literal["length"]
     unit: Unit = Field("characters", description="tokens count the whole completion; the others the answer alone")
     target: int | None = Field(None, ge=1, description="Stands for min and max at once")
-    min: int | None = Field(None, ge=1)
-    max: int | None = Field(None, ge=1)
+    min: int | None = Field(None, ge=1, description="In units")
+    max: int | None = Field(None, ge=1, description="In units")
     falloff: int | None = Field(None, ge=1, description="From the bound to 0, in units; otherwise the bound itself")
 
     @model_validator(mode="after")
@@ -208,10 +208,10 @@ class JudgeReward(_Reward):
     api_key_env: str | None = Field(
         None, pattern="^[A-Za-z_][A-Za-z0-9_]*$", description="Environment variable that holds the key"
     )
-    min_score: float = Field(0.0, allow_inf_nan=False)
-    max_score: float = Field(10.0, allow_inf_nan=False)
+    min_score: float = Field(0.0, allow_inf_nan=False, description="The score that counts 0")
+    max_score: float = Field(10.0, allow_inf_nan=False, description="The score that counts 1")
     images: bool = Field(False, description="Show the judge the prompt's images too")
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(0.0, ge=0, description="Of the judge; 0 is greedy")
     max_tokens: int | None = Field(None, ge=1, description="Of a verdict; otherwise the endpoint's own limit")
     concurrency: int = Field(8, ge=1, description="Requests under way at once")
     timeout: float = Field(60.0, gt=0, description="Seconds for one request")
@@ -291,7 +291,7 @@ class ChecklistReward(_Reward):
 
     name: Literal["checklist"]
     criteria: list[Annotated[Criterion, BeforeValidator(lambda value: named_block(value, CRITERIA))]] = Field(
-        min_length=1
+        min_length=1, description="Any reward but another checklist"
     )
 
     @field_validator("criteria")

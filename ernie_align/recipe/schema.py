@@ -98,8 +98,8 @@ _Layers = Annotated[
 class PartAdapter(Block):
     """Settings of one adapted part; what is left out comes from the adapter block."""
 
-    rank: int | None = Field(None, ge=1)
-    alpha: float | None = Field(None, gt=0)
+    rank: int | None = Field(None, ge=1, description="Of this part; otherwise adapter.rank")
+    alpha: float | None = Field(None, gt=0, description="Of this part; otherwise adapter.alpha")
     layers: _Layers | None = Field(
         None, description="Layers of this part: of the language model, or blocks of the vision tower"
     )
@@ -135,7 +135,9 @@ class ModelBlock(Block):
         "bfloat16", description="Of the loaded weights; routers stay in float32"
     )
     revision: str = Field("main", description="Branch, tag or commit on the hub; unused for a folder")
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field(
+        "sdpa", description="transformers' attn_implementation"
+    )
 
 
 class AdapterBlock(Block):
@@ -148,9 +150,9 @@ class AdapterBlock(Block):
         Discriminator(_shape),
     ] = Field(description="Part names, a mapping from part to its own rank, alpha and layers, or all")
     layers: _Layers = Field("all", description='Language-model layers: all, "8-20", or a list')
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(16, ge=1, description="Of every adapted matrix, and of each expert's")
+    alpha: float = Field(32, gt=0, description="An update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Before the adapter; experts and routers can have none")
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead of alpha / rank")
     path: str | None = Field(None, description="Continue from the adapter in this folder instead of a fresh one")
 
@@ -202,7 +204,7 @@ class TuneBlock(Block):
         | Annotated[list[Part], Tag("list")]
         | Annotated[dict[Part, PartTune | None], Tag("mapping")],
         Discriminator(_shape),
-    ] = "all"
+    ] = Field("all", description="Part names, a mapping from part to its own layers, or all")
     layers: _Layers = Field("all", description='Language-model layers: all, "8-20", or a list')
 
     _layers_are_layers = field_validator("layers")(_check_layers)
@@ -261,8 +263,8 @@ class SourceBlock(Block):
 class DataBlock(Block):
     """Where the rows come from and how they are read."""
 
-    train: list[SourceBlock] = Field(min_length=1)
-    eval: list[SourceBlock] = Field(default_factory=list)
+    train: list[SourceBlock] = Field(min_length=1, description="Sources of training rows, mixed by their weights")
+    eval: list[SourceBlock] = Field(default_factory=list, description="Held-out rows, measured at the end of a run")
     format: Literal["auto"] | Format = Field("auto", description="auto finds the format of each source and names it")
     media_root: str | None = Field(
         None, description="Folder of the images, which paths may not leave; otherwise the folder of the source's file"
@@ -288,8 +290,8 @@ class DataBlock(Block):
 class RunBlock(Block):
     """Where the run is kept, and its seed."""
 
-    dir: str
-    seed: int = Field(0, ge=0)
+    dir: str = Field(description="A new folder for everything the run keeps")
+    seed: int = Field(0, ge=0, description="Of the order of rows, fresh adapters, dropout and rollouts")
 
 
 class Recipe(Block):
@@ -298,7 +300,7 @@ class Recipe(Block):
     stage: str
     model: ModelBlock
     data: DataBlock
-    training: dict[str, Any] = Field(default_factory=dict)
+    training: dict[str, Any] = Field(default_factory=dict, description="Keys of the TRL config behind the stage")
     run: RunBlock
 
     _given: str = PrivateAttr("")

@@ -1,1 +1,19 @@
-"""What a person sees: tables, progress and previews."""
+"""Runs and comparisons as lines on the terminal, pictures in a notebook, and one HTML page."""
+
+from ernie_align.report.console import hush
+from ernie_align.report.folders import logged
+from ernie_align.report.page import write_page
+from ernie_align.report.pictures import Picture, answers, curves, expert_load, gallery, rates, token_map
+
+__all__ = [
+    "Picture",
+    "answers",
+    "curves",
+    "expert_load",
+    "gallery",
+    "hush",
+    "logged",
+    "rates",
+    "token_map",
+    "write_page",
+]

@@ -1,4 +1,4 @@
-"""Curves, whiskers and heat maps as SVG that stands inside a page and takes its text color from there."""
+"""Curves, whiskers and heat maps, on axes; and as SVG that stands inside a page and takes its text color from there."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 Points = Sequence[tuple[float, float]]
 
 # Middle tones: they can be told from a white page as from a black one, and from each other without seeing color well.
-_COLORS = ("#2f81f7", "#e8710a", "#12a150", "#c026d3", "#b08800", "#7a869a")
+COLORS = ("#2f81f7", "#e8710a", "#12a150", "#c026d3", "#b08800", "#7a869a")
 _MARKERS = "osD^vP"
 _TEXT = "#010203"  # stands for the page's own text color, which is known only where the page is shown
-_UNUSED = "#d1495b"
+UNUSED = "#d1495b"
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def _figure(width: float, height: float, *, label: str, rows: int = 1, columns: 
         "axes.titlesize": 10,
         "font.size": 9,
         "legend.frameon": False,
-        "axes.prop_cycle": matplotlib.cycler(color=_COLORS),
+        "axes.prop_cycle": matplotlib.cycler(color=COLORS),
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -61,15 +61,19 @@ def _inline(svg: str, label: str) -> str:
 def curves(series: Mapping[str, Points], *, label: str, x: str = "step") -> str:
     """Name -> its points (x, y), as lines. label: unique on the page."""
     with _figure(5.2, 2.7, label=label) as (figure, axes, done):
-        axis = axes[0][0]
-        for name, points in series.items():
-            xs, ys = zip(*points, strict=True)
-            axis.plot(xs, ys, label=name, linewidth=1.5, marker="o" if len(xs) < 12 else None, markersize=3)
-        axis.set_xlabel(x)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.25)
-        figure.legend(loc="outside upper left", ncols=2, fontsize=8)
+        draw_curves(figure, axes[0][0], series, x=x)
     return done[0]
+
+
+def draw_curves(figure: Any, axis: Any, series: Mapping[str, Points], *, x: str = "step") -> None:
+    """The lines of `curves` on axes of matplotlib."""
+    for name, points in series.items():
+        xs, ys = zip(*points, strict=True)
+        axis.plot(xs, ys, label=name, linewidth=1.5, marker="o" if len(xs) < 12 else None, markersize=3)
+    axis.set_xlabel(x)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.25)
+    figure.legend(loc="outside upper left", ncols=2, fontsize=8)
 
 
 def whiskers(rows: Sequence[str], series: Mapping[str, Sequence[Any]], *, label: str, percent: bool) -> str:
@@ -77,26 +81,35 @@ def whiskers(rows: Sequence[str], series: Mapping[str, Sequence[Any]], *, label:
 
     series: checkpoint -> of each row (value, low, high).
     """
-    scale = 100 if percent else 1
-    with _figure(6.4, 0.8 + 0.32 * len(rows) * max(1, len(series) / 2), label=label) as (_, axes, done):
-        axis = axes[0][0]
-        for place, (name, figures) in enumerate(series.items()):
-            known = [(row, figure) for row, figure in enumerate(figures) if figure is not None]
-            offset = (place - (len(series) - 1) / 2) * 0.7 / max(1, len(series))
-            values = [scale * value for _, (value, _, _) in known]
-            errors = [
-                [scale * max(0, value - low) for _, (value, low, _) in known],
-                [scale * max(0, high - value) for _, (value, _, high) in known],
-            ]
-            heights = [row + offset for row, _ in known]
-            marker = _MARKERS[place % len(_MARKERS)]
-            axis.errorbar(values, heights, xerr=errors, fmt=marker, markersize=5, capsize=3, label=name)
-        axis.set_yticks(range(len(rows)), rows)
-        axis.set_ylim(len(rows) - 0.5, -0.5)
-        axis.grid(axis="x", alpha=0.25)
-        axis.set_xlabel("%" if percent else "")
-        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(3, len(series)), fontsize=8)
+    with _figure(6.4, height_of_whiskers(len(rows), len(series)), label=label) as (_, axes, done):
+        draw_whiskers(axes[0][0], rows, series, percent=percent)
     return done[0]
+
+
+def height_of_whiskers(rows: int, series: int) -> float:
+    """Inches that so many dots need."""
+    return 0.8 + 0.32 * rows * max(1, series / 2)
+
+
+def draw_whiskers(axis: Any, rows: Sequence[str], series: Mapping[str, Sequence[Any]], *, percent: bool) -> None:
+    """The dots of `whiskers` on an axis of matplotlib."""
+    scale = 100 if percent else 1
+    for place, (name, figures) in enumerate(series.items()):
+        known = [(row, figure) for row, figure in enumerate(figures) if figure is not None]
+        offset = (place - (len(series) - 1) / 2) * 0.7 / max(1, len(series))
+        values = [scale * value for _, (value, _, _) in known]
+        errors = [
+            [scale * max(0, value - low) for _, (value, low, _) in known],
+            [scale * max(0, high - value) for _, (value, _, high) in known],
+        ]
+        heights = [row + offset for row, _ in known]
+        marker = _MARKERS[place % len(_MARKERS)]
+        axis.errorbar(values, heights, xerr=errors, fmt=marker, markersize=5, capsize=3, label=name)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.grid(axis="x", alpha=0.25)
+    axis.set_xlabel("%" if percent else "")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(3, len(series)), fontsize=8)
 
 
 def histogram(bins: Mapping[float, int], *, label: str, line: float | None = None) -> str:
@@ -118,7 +131,7 @@ def histogram(bins: Mapping[float, int], *, label: str, line: float | None = Non
         if wide:
             axis.set_xscale("log")
         if line is not None:
-            axis.axvline(line, color=_UNUSED, linewidth=1.2)
+            axis.axvline(line, color=UNUSED, linewidth=1.2)
         axis.grid(axis="y", alpha=0.25)
     return done[0]
 
@@ -135,24 +148,36 @@ def bars(counts: Mapping[str, int], *, label: str) -> str:
 
 def expert_load(layers: Sequence[Mapping[str, Any]], *, label: str) -> str:
     """Heat maps of one checkpoint, one for each pool: layer by expert, how many times an even share it is given."""
+    pools, width, height = shape_of_load(layers)
+    with _figure(width, height, label=label, columns=len(pools)) as (figure, axes, done):
+        draw_expert_load(figure, axes[0], layers)
+    return done[0]
+
+
+def shape_of_load(layers: Sequence[Mapping[str, Any]]) -> tuple[list[str], float, float]:
+    """The pools, and the inches that their heat maps need side by side."""
     pools = list(dict.fromkeys(layer["pool"] for layer in layers))
     height = 0.9 + 0.24 * max(sum(layer["pool"] == pool for layer in layers) for pool in pools)
-    with _figure(3.4 * len(pools), max(1.7, height), label=label, columns=len(pools)) as (figure, axes, done):
-        import matplotlib
-        import numpy as np
+    return pools, 3.4 * len(pools), max(1.7, height)
 
-        colors = matplotlib.colormaps["viridis"].with_extremes(bad=_UNUSED)
-        for axis, pool in zip(axes[0], pools, strict=True):
-            own = [layer for layer in layers if layer["pool"] == pool]
-            load = np.array([layer["load"] for layer in own]) * len(own[0]["load"])
-            shown = axis.imshow(np.ma.masked_equal(load, 0), aspect="auto", cmap=colors, vmin=0, vmax=3)
-            axis.set_yticks(range(len(own)), [str(layer["layer"]) for layer in own])
-            axis.set_title(f"{pool} pool")
-            axis.set_xlabel("expert")
-            axis.set_ylabel("layer")
-        bar = figure.colorbar(shown, ax=list(axes[0]), extend="max")
-        bar.set_label("times an even share")
-    return done[0]
+
+def draw_expert_load(figure: Any, axes: Sequence[Any], layers: Sequence[Mapping[str, Any]]) -> None:
+    """The heat maps of `expert_load`, one axis of matplotlib for each pool."""
+    import matplotlib
+    import numpy as np
+
+    pools, _, _ = shape_of_load(layers)
+    colors = matplotlib.colormaps["viridis"].with_extremes(bad=UNUSED)
+    for axis, pool in zip(axes, pools, strict=True):
+        own = [layer for layer in layers if layer["pool"] == pool]
+        load = np.array([layer["load"] for layer in own]) * len(own[0]["load"])
+        shown = axis.imshow(np.ma.masked_equal(load, 0), aspect="auto", cmap=colors, vmin=0, vmax=3)
+        axis.set_yticks(range(len(own)), [str(layer["layer"]) for layer in own])
+        axis.set_title(f"{pool} pool")
+        axis.set_xlabel("expert")
+        axis.set_ylabel("layer")
+    bar = figure.colorbar(shown, ax=list(axes), extend="max")
+    bar.set_label("times an even share")
 
 
 def finite(points: Points) -> list[tuple[float, float]]:

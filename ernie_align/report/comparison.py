@@ -26,6 +26,21 @@ def rates(report: Report) -> set[str]:
     return {measure["name"] for measure in report["measures"] if measure["rate"]}
 
 
+def rates_side_by_side(report: Report) -> tuple[list[str], dict[str, list[tuple[float, float, float] | None]]]:
+    """Names of the rates, one for each data set and kind, and checkpoint -> of each (value, low, high) or None."""
+    own = {
+        checkpoint["name"]: {(one["data"], one["kind"], one["measure"]): one for one in checkpoint["figures"]}
+        for checkpoint in report["checkpoints"]
+    }
+    keys = [key for key in next(iter(own.values())) if key[2] in rates(report)]
+    series = {
+        name: [(figures[key]["value"], *figures[key]["interval"]) if key in figures else None for key in keys]
+        for name, figures in own.items()
+    }
+    several = len({measure for _, _, measure in keys}) > 1
+    return [f"{data}: {kind}" + (f", {measure}" if several else "") for data, kind, measure in keys], series
+
+
 def number(value: float, *, rate: bool, signed: bool = False) -> str:
     """0.937 -> 93.7 % for a rate, else three or four digits that matter."""
     sign = "+" if signed else ""

@@ -49,6 +49,20 @@ def read(folder: Path) -> list[Run | Evaluated]:
     return found
 
 
+def logged(folder: str | Path, key: str) -> list[tuple[int, float]]:
+    """(step, value) of everything that a run logged under `key`, in its metrics.jsonl.
+
+    Raises DataError where the folder is no run, or logged nothing of that name.
+    """
+    lines = _metrics(Path(folder))
+    points = [(line["step"], line[key]) for line in lines if key in line]
+    if not points:
+        known = sorted({name for line in lines for name in line})
+        what = f"nothing was logged as {key}"
+        raise DataError.at(str(folder), what, fix=f"it has {', '.join(known)}" if known else "name a run directory")
+    return points
+
+
 def _evaluated(path: Path) -> Evaluated:
     report = _json(path)
     if "checkpoints" not in report:
@@ -58,18 +72,22 @@ def _evaluated(path: Path) -> Evaluated:
 
 def _run(folder: Path) -> Run:
     completions, step = _completions(folder / "completions")
-    lines = _text(folder / "metrics.jsonl").splitlines(keepends=True)
     return Run(
         folder.name,
         _text(folder / "recipe.yaml"),
         _json(folder / "coverage.json", []),
         _json(folder / "data.json", []),
         _text(folder / "preview.txt"),
-        [json.loads(line) for line in lines if line.endswith("\n")],  # the last one may be cut off
+        _metrics(folder),
         _json(folder / "run.json"),
         completions,
         step,
     )
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = _text(folder / "metrics.jsonl").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be cut off
 
 
 def _text(path: Path) -> str:

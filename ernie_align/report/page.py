@@ -11,7 +11,7 @@ from typing import Any
 from ernie_align.doctor import Examination
 from ernie_align.report import charts
 from ernie_align.report.checkup import section
-from ernie_align.report.comparison import kept, number, rates, span
+from ernie_align.report.comparison import kept, number, rates, rates_side_by_side, span
 from ernie_align.report.folders import Evaluated, Run, read
 from ernie_align.report.text import visible
 
@@ -180,21 +180,9 @@ def _figures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _whiskers(report: Mapping[str, Any], mark: str) -> list[dict[str, Any]]:
     """A chart of the rates."""
-    keys = [
-        (one["data"], one["kind"], one["measure"])
-        for one in report["checkpoints"][0]["figures"]
-        if one["measure"] in rates(report)
-    ]
-    if not keys:
+    rows, series = rates_side_by_side(report)
+    if not rows:
         return []
-    series = {}
-    for checkpoint in report["checkpoints"]:
-        own = {(one["data"], one["kind"], one["measure"]): one for one in checkpoint["figures"]}
-        series[checkpoint["name"]] = [
-            (own[key]["value"], *own[key]["interval"]) if key in own else None for key in keys
-        ]
-    several = len({measure for _, _, measure in keys}) > 1
-    rows = [f"{data}: {kind}" + (f", {measure}" if several else "") for data, kind, measure in keys]
     svg = charts.whiskers(rows, series, label=f"{mark}-rates", percent=True)
     return [{"title": "Rates, with their 95 % intervals", "svg": svg, "note": ""}]
 

@@ -50,7 +50,8 @@ class ProgressBar(TrainerCallback):
             console=self.console,
         )
         self.task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step, values="")
-        self.progress.start()
+        if not self.console.is_jupyter:  # there rich wants ipywidgets for a bar; the lines say as much
+            self.progress.start()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.progress is not None:

@@ -81,12 +81,16 @@ class DpoBlock(Block):
     sft_weight: float = Field(0.0, ge=0, description="Weight of the chosen answers' mean negative log-likelihood")
     simpo_gamma: float = Field(0.5, description="Margin of simpo")
     dpop_lambda: float = Field(50.0, ge=0, description="Weight of dpop's penalty; 50 in its paper")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    ld_alpha: float | None = Field(None, ge=0, le=1)
-    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
-    use_weighting: bool = False
-    discopop_tau: float = Field(0.05, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of pairs taken to be the wrong way round")
+    ld_alpha: float | None = Field(
+        None, ge=0, le=1, description="LD-DPO: weight of the tokens beyond the shorter answer's length"
+    )
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
+        "reverse_kl", description="f-DPO: what the distance from the reference is"
+    )
+    f_alpha_divergence_coef: float = Field(0.5, description="Of alpha_divergence")
+    use_weighting: bool = Field(False, description="WPO: weigh pairs by how likely the policy finds them")
+    discopop_tau: float = Field(0.05, gt=0, description="Temperature of discopop")
     reference: Literal["auto", "precomputed"] = Field(
         "auto",
         description="auto: adapters off, the adapter's first state, or a frozen model; precomputed: asked once, kept",

@@ -84,9 +84,9 @@ class UpoBlock(Block):
     )
     pairs_by: str | None = Field(None, description="The reward that ranks a group; otherwise the weighted sum")
     pairs_margin: float = Field(0.0, ge=0, description="Best and worst make a pair if they differ by more than this")
-    policy_weight: float = Field(1.0, ge=0)
-    preference_weight: float = Field(0.1, ge=0)
-    kl_weight: float = Field(0.02, ge=0)
+    policy_weight: float = Field(1.0, ge=0, description="Of TRL's GRPO loss")
+    preference_weight: float = Field(0.1, ge=0, description="Of the pair loss")
+    kl_weight: float = Field(0.02, ge=0, description="Of the mean KL of a token from the reference, k3 estimate")
     beta: float = Field(0.1, gt=0, description="Of the preference term: how strongly it holds to the reference")
     clip: list[float] = Field([0.2, 0.2], min_length=2, max_length=2, description="How far below and above 1 a ratio")
     num_generations: int = Field(8, ge=2, description="Completions of each prompt: one group")
@@ -99,8 +99,8 @@ class UpoBlock(Block):
         None, description="Row column that names the domain; otherwise each source is one"
     )
     filter: FilterBlock = Field(default_factory=FilterBlock)
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float = Field(1.0, gt=0, description="Of the rollouts")
+    top_p: float = Field(1.0, gt=0, le=1, description="Of the rollouts: share of probability that is drawn from")
     completions_steps: int = Field(50, ge=1, description="Steps between two tables of completions in the run directory")
     warn_kl: float = Field(1.0, gt=0, description="Warn when the mean KL of a token is over this")
     warn_length: float = Field(2.0, gt=1, description="Warn when completions are this many times as long as at first")
@@ -130,14 +130,14 @@ class UpoBlock(Block):
 class RolloutBlock(Block):
     """What draws the completions. vLLM's own options stand under `training:`, in TRL's words (vllm_mode, ...)."""
 
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["transformers", "vllm"] = Field("transformers", description="vllm has to be installed")
 
 
 class UpoRecipe(PolicyRecipe):
     """Unified Preference Optimization: rewards, rollouts and preference in one loop."""
 
     stage: Literal["upo"]
-    rewards: list[RewardBlock] = Field(min_length=1)
+    rewards: list[RewardBlock] = Field(min_length=1, description="What an answer is paid for: their weighted sum")
     upo: UpoBlock = Field(default_factory=UpoBlock)
     rollout: RolloutBlock = Field(default_factory=RolloutBlock)
 
