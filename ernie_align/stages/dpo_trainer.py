@@ -187,7 +187,9 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log. Of an evaluation, values are means over pairs, not means over batches of means."""
         if "eval_loss" in logs:
-            own = torch.tensor([self._eval_loss, *self._eval_pairs], device=self.accelerator.device)
+            own = torch.tensor(
+                [self._eval_loss, *self._eval_pairs], dtype=torch.float64, device=self.accelerator.device
+            )
             total, *counts = self.accelerator.reduce(own, reduction="sum").tolist()
             pairs = sum(counts)
             logs["eval_loss"] = total / pairs
