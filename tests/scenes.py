@@ -18,8 +18,8 @@ from typing import Any
 
 from tests.kill import Trial, forked, import_all, make, recipe_for
 
-LIMIT = 90  # seconds until a process that is left is killed
-PATIENCE = 3  # seconds that one process waits for another (ddp_timeout)
+LIMIT = 150  # seconds until a process that is left is killed
+PATIENCE = 10  # seconds that one process waits for another that sleeps (ddp_timeout)
 
 
 def processes(
@@ -88,7 +88,7 @@ def main(folder: Path) -> None:
         made = recipe_for("lora", "dense", folder, folder / name)
         made["training"] |= {
             "per_device_train_batch_size": 2,
-            "ddp_timeout": PATIENCE,
+            "ddp_timeout": PATIENCE if name == "sleeps" else LIMIT,
             "eval_steps": 100,  # a stop leaves out the evaluation of its step, and the random numbers it would draw
             **training,
         }

@@ -349,11 +349,11 @@ def test_data_workers_outlive_a_signal_to_the_whole_group(scenes):
 
 @pytest.mark.parametrize(("name", "ended"), [("dies", -signal.SIGKILL), ("sleeps", None)])
 def test_a_process_that_is_lost_ends_the_others_with_the_step_and_its_number(scenes, name, ended):
-    """Three seconds of waiting and ten of asking who is missing, as ddp_timeout says; not half an hour."""
+    """After ten seconds of waiting, as ddp_timeout says, and ten of asking who is missing; not after half an hour."""
     folder, told = scenes
     log = (folder / f"{name}-0.log").read_text()
     assert told[name]["codes"] == [3, ended], log
-    assert told[name]["seconds"] < 60
+    assert told[name]["seconds"] < 120  # on a busy machine, whose steps are slow
     assert "step 4: process 0 of 2 waited in vain for another" in log and "process 1 did not answer" in log
     assert "whole up to checkpoint-2, from which --resume goes on" in log
     assert broken(folder / name / "checkpoint-2", hashes=True) is None

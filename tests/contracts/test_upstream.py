@@ -134,6 +134,38 @@ def test_checkpointing_still_sends_gradients_through_a_frozen_tower(checkpoints)
     assert model.model.get_image_features(pixels, grid).pooler_output[0].requires_grad
 
 
+def test_where_trainer_writes_checkpoints_and_whom_it_tells():
+    """Every trainer of ours writes beside (models.seal); runs.keep names what is whole; runs.stopping saves itself."""
+    from transformers import Trainer
+
+    from ernie_align.stages.dpo_trainer import PreferenceTrainer
+    from ernie_align.stages.sft_trainer import SupervisedTrainer
+    from ernie_align.stages.upo_forwards import WatchedTrainer
+
+    assert list(inspect.signature(Trainer._get_output_dir).parameters) == ["self", "trial"]
+    assert list(inspect.signature(Trainer._save_checkpoint).parameters) == ["self", "model", "trial"]
+    assert "run_dir = self._get_output_dir(trial=trial)" in inspect.getsource(Trainer._save_checkpoint)
+    assert "self.callback_handler.on_save(" in inspect.getsource(Trainer._maybe_log_save_evaluate)
+    for trainer in (SupervisedTrainer, PreferenceTrainer, WatchedTrainer):
+        assert "_get_output_dir" in vars(trainer)
+    log = inspect.getsource(Trainer.log)  # as many lines of metrics.jsonl as Trainer remembers
+    assert log.index("self.state.log_history.append(output)") < log.index("self.callback_handler.on_log(")
+
+
+def test_trainer_still_takes_a_step_beyond_the_last():
+    """runs.stopping leaves before it, and runs.train ends the run; when this fails neither is needed."""
+    from transformers import Trainer
+
+    epoch = inspect.getsource(Trainer._run_epoch)
+    assert epoch.index("self.training_step(") < epoch.index("self.control.should_training_stop")
+    loop = inspect.getsource(Trainer._inner_training_loop)
+    assert loop.index("self._initial_global_step =") < loop.index("self.callback_handler.on_train_begin(")
+    assert loop.index("self.callback_handler.on_train_begin(") < loop.index("self._run_epoch(")
+    assert list(inspect.signature(Trainer._finalize_training).parameters)[1:] == [
+        "trial", "num_train_samples", "start_time",
+    ]  # fmt: skip
+
+
 def test_trainer_still_resumes_an_adapter_from_its_subfolders_alone():
     """stages.dpo_trainer removes the reference's folder from checkpoints; when this fails it may stay."""
     from transformers import Trainer
