@@ -88,16 +88,19 @@ class _Selfcheck:
     def _resume(self, whole: Path) -> Check:
         """The second half again, from the checkpoint in the middle."""
         self.say(f"resumed after {self.steps // 2} of them")
-        again = self.folder / "again"
-        shutil.copytree(whole, again, ignore=shutil.ignore_patterns("final", f"checkpoint-{self.steps}"))
+        again, middle = self.folder / "again", f"checkpoint-{self.steps // 2}"
+        shutil.copytree(whole, again, ignore=shutil.ignore_patterns("final", "checkpoint-*"))
+        (whole / middle).rename(again / middle)
+        for later in whole.glob("checkpoint-*"):
+            shutil.rmtree(later)
         self._run(again, resume=True)
-        return _bit_equal("resume", whole, again, "stopped and resumed, or not")
+        return self._bit_equal("resume", whole, again, "stopped and resumed, or not")
 
     def _repeat(self, whole: Path) -> Check:
         self.say("all of them again, with the same seed")
         twice = self.folder / "twice"
-        self._run(twice)
-        return _bit_equal("repeat", whole, twice, "run twice")
+        self._run(twice, training={**self._training, "save_strategy": "no"})
+        return self._bit_equal("repeat", whole, twice, "run twice")
 
     def _precision(self, whole: Path) -> Check:
         """As asked for, against float32; float32 against bfloat16."""
@@ -107,7 +110,7 @@ class _Selfcheck:
         dtype = "bfloat16" if exact else "float32"
         self.say(f"all of them in {dtype}")
         other = self.folder / "other"
-        training = {**self._training, **dict.fromkeys(self._mixed, False), "bf16": exact}
+        training = {**self._training, **dict.fromkeys(self._mixed, False), "bf16": exact, "save_strategy": "no"}
         try:
             self._run(other, model=self.recipe.model.updated(dtype=dtype), training=training)
         except RuntimeError as error:
@@ -131,7 +134,8 @@ class _Selfcheck:
         one, all_ = self.folder / "one", self.folder / "all"
         accumulation = self.recipe.training.get("gradient_accumulation_steps") or 1
         self.say(f"the batches of {count} processes in one")
-        self._run(one, training={**self._training, "gradient_accumulation_steps": count * accumulation})
+        training = {**self._training, "save_strategy": "no"}
+        self._run(one, training={**training, "gradient_accumulation_steps": count * accumulation})
         self.say(f"the same in {count} processes")
         written = self.folder / "all.yaml"
         written.write_text(to_yaml(self._recipe(all_)), encoding="utf-8")
@@ -148,6 +152,13 @@ class _Selfcheck:
         differences = [abs(a - b) / max(1, abs(a)) for a, b in zip(_losses(one), _losses(all_), strict=True)]
         what = f"1 against {count}: the loss is off by {max(differences):.2g} at worst, {limit:g} allowed"
         return Check(name, "pass" if max(differences) <= limit else "fail", what)
+
+    @staticmethod
+    def _bit_equal(name: str, one: Path, other: Path, how: str) -> Check:
+        """Of two runs that should be one. The other is removed: it is as large as the model."""
+        verdict, what = _differences(one, other)
+        shutil.rmtree(other)
+        return Check(name, verdict, f"{how}: {what}")
 
     # -- runs -------------------------------------------------------------------------------------------------------
 
@@ -213,8 +224,8 @@ def _losses(run_dir: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def _bit_equal(name: str, one: Path, other: Path, how: str) -> Check:
-    """Losses and finished weights of two runs that should be one."""
+def _differences(one: Path, other: Path) -> tuple[Verdict, str]:
+    """Of losses and finished weights: whether there are any, and in words."""
     odd = [step for step, pair in enumerate(zip(_losses(one), _losses(other), strict=True), 1) if pair[0] != pair[1]]
     differing, worst, count = 0, 0.0, 0
     for tensor, found in _tensors(one / "final", other / "final"):
@@ -223,9 +234,9 @@ def _bit_equal(name: str, one: Path, other: Path, how: str) -> Check:
             differing += 1
             worst = max(worst, (tensor.float() - found.float()).abs().max().item())
     if not odd and not differing:
-        return Check(name, "pass", f"{how}: {len(_losses(one))} losses and {count} tensors are bit-equal")
+        return "pass", f"{len(_losses(one))} losses and {count} tensors are bit-equal"
     losses = f"the loss differs from step {odd[0]} on" if odd else "the losses are equal"
-    return Check(name, "fail", f"{how}: {losses}; {differing} of {count} tensors differ, by {worst:.2g} at worst")
+    return "fail", f"{losses}; {differing} of {count} tensors differ, by {worst:.2g} at worst"
 
 
 def _tensors(one: Path, other: Path) -> Iterator[tuple[Tensor, Tensor]]:
