@@ -126,6 +126,24 @@ def test_pickles_are_never_read(copy_of):
         load_model(str(folder), dtype="float32")
 
 
+def test_pickled_and_broken_adapters_are_refused(checkpoints, tmp_path):
+    """PEFT would take adapter_model.bin where there is nothing else."""
+    from ernie_align.models.adapters import attach
+    from ernie_align.recipe import AdapterBlock
+
+    bundle = load_model(str(checkpoints["dense"]), dtype="float32")
+    attach(bundle, AdapterBlock(scopes=["attention"], rank=2))
+    bundle.model.save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    torch.save(load_file(weights), tmp_path / "adapter_model.bin")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="could not be loaded"):
+        load_model(str(tmp_path), dtype="float32")
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"holds no adapter_model\.safetensors"):
+        load_model(str(tmp_path), dtype="float32")
+
+
 def test_an_adapter_loads_with_the_base_it_names(checkpoints, tmp_path):
     from ernie_align.models.adapters import attach
     from ernie_align.recipe import AdapterBlock

@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners import lora
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeExperts
 from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import Ernie4_5_VLMoeMoeExperts
 
+from ernie_align.errors import ModelError
+from ernie_align.models.files import CheckpointFiles
 from ernie_align.models.grouped import LowRank, low_rank_experts
 
 # Kernels of transformers' experts that grouped products stand in for: the default, and the one that generation
@@ -33,12 +36,19 @@ def with_grouped_experts(config: LoraConfig) -> LoraConfig:
 
 
 def load_adapter(model: nn.Module, path: str, *, is_trainable: bool = False, revision: str | None = None) -> PeftModel:
-    """PeftModel.from_pretrained, with our wrapper where the adapter is a LoRA. Raises what PEFT raises."""
+    """PeftModel.from_pretrained, with our wrapper where the adapter is a LoRA. Raises what PEFT raises.
+
+    Raises ModelError for weights that are broken, or in any format but safetensors: PEFT would read a pickle.
+    """
     revision = revision or "main"
+    CheckpointFiles(path, revision).need("adapter_model.safetensors")
     config = PeftConfig.from_pretrained(path, revision=revision)
     if isinstance(config, LoraConfig):
         with_grouped_experts(config)
-    return PeftModel.from_pretrained(model, path, config=config, is_trainable=is_trainable, revision=revision)
+    try:
+        return PeftModel.from_pretrained(model, path, config=config, is_trainable=is_trainable, revision=revision)
+    except SafetensorError as error:
+        raise ModelError.at(path, f"the adapter could not be loaded: {error}", fix="restore the folder") from error
 
 
 class ParamWrapper(lora.ParamWrapper):

@@ -80,6 +80,12 @@ class CheckpointFiles:
             raise ModelError.at(str(path), "not a JSON object", fix="restore the file")
         return values
 
+    def need(self, file: str) -> None:
+        """Raises ModelError where the checkpoint has no such file."""
+        if self._fetch(file) is None:
+            fix = "save it as safetensors where it was trained: a pickle would run whatever stands in it"
+            raise ModelError.at(self.where or self.name, f"{self.name} holds no {file}", fix=fix)
+
     @property
     def is_adapter(self) -> bool:
         """An adapter in PEFT's format and no model of its own."""
