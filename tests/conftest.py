@@ -77,6 +77,14 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def beside(folder: Path, root: Path, images: list[str]) -> list[str]:
+    """Copies of images below `folder`, under the same names: rows may not lead out of the folder of their file."""
+    for image in images:
+        (folder / image).parent.mkdir(parents=True, exist_ok=True)
+        (folder / image).write_bytes((root / image).read_bytes())
+    return images
+
+
 def recipe_of(stage: str, model: Path, train: Path, run_dir: Path, **blocks: Any) -> dict[str, Any]:
     """A recipe for a few steps on a tiny model in float32. Blocks are merged over it."""
     recipe: dict[str, Any] = {

@@ -14,7 +14,7 @@ from ernie_align.models.anatomy import Anatomy
 from ernie_align.models.load import load_model
 from ernie_align.runs import load_recipe, set_up
 from ernie_align.runs.directory import RunDirectory
-from tests.conftest import logged, recipe_of, run_quietly, tensors_of, write_rows
+from tests.conftest import beside, logged, recipe_of, run_quietly, tensors_of, write_rows
 from tests.test_resume import long_run, stopped_after
 
 BOTH_POOLS = {"scopes": ["attention", "text_experts", "vision_experts"], "rank": 4, "alpha": 8}
@@ -43,7 +43,7 @@ def mixed_pairs(digits, tmp_path):
     """Two pairs with an image, two of text alone."""
     rows = [json.loads(line) for line in (digits / "preferences-val.jsonl").read_text().splitlines()[:2]]
     for row in rows:
-        row["images"] = [str(digits / image) for image in row["images"]]
+        row["images"] = beside(tmp_path, digits, row["images"])
     rows += [preference("What is two plus three?", "five", "It is six."), preference("one plus one?", "two", "nine")]
     return write_rows(tmp_path / "mixed-pairs.jsonl", rows)
 

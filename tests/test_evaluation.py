@@ -14,7 +14,7 @@ from ernie_align.evaluation.intervals import wilson_interval
 from ernie_align.evaluation.measures import measures_of
 from ernie_align.evaluation.questions import Question
 from ernie_align.models.load import load_model
-from tests.conftest import write_rows
+from tests.conftest import beside, write_rows
 
 
 def answers_of(evaluation):
@@ -33,7 +33,7 @@ def questions(digits, tmp_path):
     rows = [json.loads(line) for line in (digits / "test.jsonl").read_text().splitlines()]
     chosen = [row for kind in ("sum", "name", "compare") for row in [row for row in rows if row["kind"] == kind][:4]]
     for row in chosen:
-        row["images"] = [str(digits / image) for image in row.get("images", [])]
+        row["images"] = beside(tmp_path, digits, row.get("images", []))
     return write_rows(tmp_path / "questions.jsonl", chosen)
 
 

@@ -13,7 +13,7 @@ from ernie_align.errors import DataError, RecipeError, RunError
 from ernie_align.evaluation import evaluate, load_plan
 from ernie_align.evaluation.questions import questions_of
 from ernie_align.recipe.evaluation import ColumnsBlock, DataSetBlock
-from tests.conftest import ROOT, write_rows
+from tests.conftest import ROOT, beside, write_rows
 
 
 def faults_of(tmp_path, text):
@@ -133,7 +133,7 @@ def test_rewards_are_measures(checkpoints, tmp_path):
 def plan(digits, tmp_path):
     rows = [json.loads(line) for line in (digits / "val.jsonl").read_text().splitlines()][:10]
     for row in rows:
-        row["images"] = [str(digits / image) for image in row.get("images", [])]
+        row["images"] = beside(tmp_path, digits, row.get("images", []))
     path = write_rows(tmp_path / "questions.jsonl", rows)
     return {
         "data": [{"path": str(path)}],

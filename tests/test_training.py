@@ -9,7 +9,7 @@ import torch
 
 from ernie_align.errors import RunError
 from ernie_align.models.load import load_model
-from tests.conftest import logged, recipe_of, run_quietly, tensors_of, write_rows
+from tests.conftest import beside, logged, recipe_of, run_quietly, tensors_of, write_rows
 
 # Sums of float32 in another order: relative errors of about 1e-7 per term, at losses of about 6.
 SUMMED_OTHERWISE = 1e-5
@@ -22,7 +22,7 @@ def mixed_rows(digits, tmp_path):
     chosen = [next(row for row in lines if row["kind"] == kind) for kind in ("name", "sum", "compare", "sum", "name")]
     for number, row in enumerate(chosen):
         row["messages"][1]["content"] = " plus ".join([row["answer"]] * (1 + number))
-        row["images"] = [str(digits / image) for image in row.get("images", [])]
+        row["images"] = beside(tmp_path, digits, row.get("images", []))
     return write_rows(tmp_path / "mixed.jsonl", [*chosen[:4]])
 
 

@@ -12,7 +12,7 @@ from ernie_align import losses
 from ernie_align.errors import ModelError, RecipeError, RunError
 from ernie_align.models.modality import mm_token_type_ids
 from ernie_align.runs import load_recipe, set_up
-from tests.conftest import FAMILIES, logged, recipe_of, run_quietly, tensors_of, write_rows
+from tests.conftest import FAMILIES, beside, logged, recipe_of, run_quietly, tensors_of, write_rows
 from tests.test_resume import stopped_after
 
 BOTH_POOLS = {"scopes": ["attention", "text_experts", "vision_experts"], "rank": 4, "alpha": 8}
@@ -33,7 +33,7 @@ def mixed_prompts(digits, tmp_path):
     chosen = [next(row for row in rows if len(row.get("images", [])) == count) for count in (2, 1, 0)]
     chosen += [row for row in rows if row not in chosen][:9]
     for row in chosen:
-        row["images"] = [str(digits / image) for image in row.get("images", [])]
+        row["images"] = beside(tmp_path, digits, row.get("images", []))
     return write_rows(tmp_path / "mixed-prompts.jsonl", chosen)
 
 
