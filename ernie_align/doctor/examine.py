@@ -75,10 +75,15 @@ def examine_sources(
     workers: processes, otherwise one for each core; tick: told (source, rows read, rows) now and then.
     Raises DataError where a worker was killed.
     """
-    began, workers = time.monotonic(), workers or len(os.sched_getaffinity(0))
+    began, workers = time.monotonic(), workers or _cores()
     found = [_source(one, data, workers, tick) for one in asked]
     _duplicates(found)
     return Examination(found, data.max_length, has_vision, time.monotonic() - began, workers)
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _source(asked: Asked, data: DataBlock, workers: int, tick: Callable[[str, int, int], None]) -> Findings:
