@@ -96,6 +96,8 @@ def trainer_of(arm: str, folder: Path, given: argparse.Namespace) -> Any:
     setup = set_up(load_recipe(recipe(arm, folder, given)))
     data = prepare_data(setup)
     bundle = load_model(setup.recipe.model.name, dtype="float32")
+    for parameter in bundle.model.parameters():  # out of the file's pages, which the system takes back when it likes
+        parameter.data = parameter.data.clone()
     set_seed(0)
     setup.stage.wrap(setup.recipe, bundle)
     config = setup.stage.configure(setup.recipe, str(folder / arm))
