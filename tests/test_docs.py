@@ -80,8 +80,9 @@ def test_every_recipe_is_sound(page, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my_rewards.py").write_text(_own_reward())
     written = yaml.safe_load(text)
-    if "rewards" in written and "stage" not in written:  # a part of a recipe
-        text = yaml.safe_dump(yaml.safe_load((ROOT / "recipes/upo/vl_28b.yaml").read_text()) | written)
+    if "model" not in written and "metrics" not in written:  # a part of a recipe
+        whole = ROOT / "recipes" / written.get("stage", "upo") / "vl_28b.yaml"
+        text = yaml.safe_dump(yaml.safe_load(whole.read_text()) | written)
     path = tmp_path / "written.yaml"
     path.write_text(text)
     if "metrics" in written:
