@@ -166,17 +166,9 @@ class Trial:
 
     def killed(self, number: int, again: int = 1) -> tuple[str, str]:
         """What was done to a run, and how it differs at its end: empty if in nothing."""
-        name, moments = f"run-{number}", []
-        for attempt in range(again):
-            at = self.draw.randrange(1, self.operations + 1)
-            after = (0.0, self.draw.uniform(0, LATER), self.draw.uniform(0, self.length))[number % 3]
-            if number % 3 == 2:
-                code = self._go(name, resume=attempt > 0, kill_after=after)
-                when = f"after {after:.2f} s"
-            else:
-                code = self._go(name, resume=attempt > 0, on_operation=partial(_die, at=at, after=after))
-                when = f"at operation {at}" + (f" + {after:.3f} s" if after else "")
-            moments.append(when if os.WIFSIGNALED(code) else f"{when} (was over)")
+        name = f"run-{number}"
+        while None in (moments := [self._kill(name, number % 3, resume=attempt > 0) for attempt in range(again)]):
+            shutil.rmtree(self.folder / name)  # it was over before its moment came: another is drawn
         there = sorted(path.name for path in (self.folder / name).glob("*") if path.is_dir())
         code = self._go(name, resume=True)
         told = "does not resume" if code else same(self.expected, outcome(self.folder / name))
@@ -185,6 +177,18 @@ class Trial:
         else:
             shutil.rmtree(self.folder / name)
         return f"killed {', '.join(moments)}; it had {' '.join(there) or 'nothing'}", told
+
+    def _kill(self, name: str, kind: int, *, resume: bool) -> str | None:
+        """When the run was killed; None if it was over by then."""
+        at = self.draw.randrange(1, self.operations + 1)
+        after = (0.0, self.draw.uniform(0, LATER), self.draw.uniform(0, self.length))[kind]
+        if kind == 2:
+            code = self._go(name, resume=resume, kill_after=after)
+            when = f"after {after:.2f} s"
+        else:
+            code = self._go(name, resume=resume, on_operation=partial(_die, at=at, after=after))
+            when = f"at operation {at}" + (f" + {after:.3f} s" if after else "")
+        return when if os.WIFSIGNALED(code) else None
 
 
 def _die(count: int, *, at: int, after: float) -> None:
