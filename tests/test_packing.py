@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from ernie_align.errors import ModelError, RecipeError
 from ernie_align.evaluation.generate import renderer_of
 from ernie_align.models.documents import attend_by_document, document_lengths
 from ernie_align.models.load import load_model
-from tests.conftest import FAMILIES, logged, recipe_of, run_quietly, write_rows
+from tests.conftest import FAMILIES, beside, logged, recipe_of, run_quietly, write_rows
 
 # float32 sums of other lengths and in another order, at logits of about 1 and losses of about 6
 SUMMED_OTHERWISE = 1e-5
@@ -169,6 +170,8 @@ def rows(digits, tmp_path):
     """Twelve rows of three lengths, eight of them with images."""
     kinds = (*IMAGES["mixed"][:3], ["0009.png"])
     lines = [conversation(digits, number, images) for number in range(3) for images in kinds]
+    for line in lines:
+        line["images"] = beside(tmp_path, digits, [f"images/{Path(image).name}" for image in line["images"]])
     return write_rows(tmp_path / "rows.jsonl", lines)
 
 

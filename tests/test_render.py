@@ -10,7 +10,7 @@ from ernie_align.data.formats import canonical
 from ernie_align.data.render import IGNORED, Renderer
 from ernie_align.data.row import Row, RowDropped, RowFault
 from ernie_align.errors import ModelError
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, beside
 
 # The structure of 21B-A3B-Thinking's template, beside the two that the tiny checkpoints carry.
 ALWAYS_THINKS = (
@@ -104,18 +104,18 @@ def test_an_answer_is_tokenized_as_the_model_will_write_it(renderers):
     assert "▁seven" in tokenizer.convert_ids_to_tokens(together) and together != example.input_ids
 
 
-def test_images_are_expanded_by_their_size_and_never_trained(renderers, digits):
+def test_images_are_expanded_by_their_size_and_never_trained(renderers, digits, tmp_path):
     from PIL import Image
 
-    wide = digits.parent / "wide.png"
+    wide = tmp_path / "wide.png"
     Image.new("L", (28 * 5, 28 * 3)).save(wide)
     parts = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
     row = {
         "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "two"}],
-        "images": ["images/0000.png", str(wide)],
+        "images": [*beside(tmp_path, digits, ["images/0000.png"]), wide.name],
     }
     renderer = renderers["vl_moe"]
-    (example,) = renderer.examples(canonical(row, "messages", digits), max_length=256)
+    (example,) = renderer.examples(canonical(row, "messages", tmp_path), max_length=256)
     assert example.input_ids.count(renderer.vision.placeholder) == 4 + 15
     assert example.vision_tokens == sum(token in renderer.vision.ids for token in example.input_ids) == 4 + 15 + 4
     trained = {token for token, label in zip(example.input_ids, example.labels, strict=True) if label != IGNORED}

@@ -12,7 +12,7 @@ from ernie_align.errors import RecipeError
 from ernie_align.models.load import load_model
 from ernie_align.models.vision_once import ImagesOnce, vision_is_frozen
 from ernie_align.runs import load_recipe, set_up
-from tests.conftest import batch_with_images, recipe_of, write_rows
+from tests.conftest import batch_with_images, beside, recipe_of, write_rows
 from tests.test_dpo import BOTH_POOLS, preference
 
 VISION_TOO = {"scopes": ["attention", "vision_experts", "resampler", "vision_tower"], "rank": 4, "alpha": 8}
@@ -45,10 +45,10 @@ def pairs(digits, tmp_path_factory):
     an empty prompt."""
     rows = [json.loads(line) for line in (digits / "preferences-val.jsonl").read_text().splitlines()]
     shown = {count: next(row for row in rows if len(row.get("images", [])) == count) for count in (1, 2)}
-    for row in shown.values():
-        row["images"] = [str(digits / image) for image in row["images"]]
     text = [preference("two plus three?", "five", "It is six."), preference("one plus one?", "two", "nine")]
     folder = tmp_path_factory.mktemp("pairs")
+    for row in shown.values():
+        beside(folder, digits, row["images"])
     write_rows(folder / "text.jsonl", [*text, {"prompt": "", "chosen": "two three", "rejected": "one"}])
     return write_rows(folder / "mixed.jsonl", [shown[2], text[0], shown[1], text[1]])
 

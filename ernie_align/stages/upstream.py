@@ -7,7 +7,7 @@ import functools
 import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, create_model
 
@@ -31,11 +31,9 @@ def training_model(lineage: tuple[tuple[str, str, str], ...], owned: frozenset[s
     annotations: dict[str, ast.expr] = {}
     for package, file, name in lineage:
         annotations.update(_field_annotations(package, file, name))
-    # Optional because every key may be left out; None is then passed on only where the user wrote null.
+    # None because every key may be left out; it is passed on only where the user wrote null.
     fields: dict[str, Any] = {
-        key: (Optional[_type(annotation)], None)  # noqa: UP045 (built at run time from a type object)
-        for key, annotation in annotations.items()
-        if key not in owned
+        key: (_type(annotation, or_none=True), None) for key, annotation in annotations.items() if key not in owned
     }
     return create_model(
         lineage[-1][2], __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields
@@ -84,11 +82,11 @@ def _members(annotation: ast.expr) -> list[ast.expr]:
     return [annotation]
 
 
-def _type(annotation: ast.expr) -> Any:
+def _type(annotation: ast.expr, *, or_none: bool = False) -> Any:
     """The python type of an annotation. An enum becomes its values; what cannot be read here is left to TRL."""
     members = _members(annotation)
     enums = [values for member in members if isinstance(member, ast.Name) and (values := _enum_values(member.id))]
-    types: list[Any] = []
+    types: list[Any] = [type(None)] if or_none else []
     for member in members:
         if isinstance(member, ast.Constant) and member.value is None:
             types.append(type(None))
@@ -101,7 +99,8 @@ def _type(annotation: ast.expr) -> Any:
             types.append(_subscript(member))
         else:
             return Any
-    return Union[tuple(types)] if types else Any  # noqa: UP007 (built at run time)
+    # flat and sorted: of two unions that differ in order, typing hands out the one that it wrapped first
+    return Union[tuple(sorted(types, key=str))] if types else Any  # noqa: UP007 (built at run time)
 
 
 def _subscript(member: ast.Subscript) -> Any:
