@@ -26,12 +26,15 @@ from ernie_align.models.dispatch import PoolRows, RowMoeBlock
 
 def others_wait_for(*modules: nn.Module) -> bool:
     """Whether a collective waits for these modules: for gradients of trained weights, or for shards of any."""
-    learns = torch.is_grad_enabled()
-    return any(
-        (learns and weight.requires_grad) or isinstance(weight, DTensor) or hasattr(weight, "ds_id")
-        for module in modules
-        for weight in module.parameters()
-    )
+    if torch.is_grad_enabled() and any(weight.requires_grad for module in modules for weight in module.parameters()):
+        return True
+    return are_shared_out(*modules)
+
+
+def are_shared_out(*modules: nn.Module) -> bool:
+    """Whether any weight of these modules is spread over the processes, by FSDP2 or ZeRO-3."""
+    weights = (weight for module in modules for weight in module.parameters())
+    return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in weights)
 
 
 def touch_vision(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -39,17 +42,21 @@ def touch_vision(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
 
     A plain function, so that a deep copy of the model carries it.
     """
-    shown = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
-    if any(kwargs.get(name) is not None for name in shown):
+    pixels = (kwargs.get("pixel_values"), kwargs.get("pixel_values_videos"))
+    # `generate` hands on the features it has encoded, and an empty dict where there were no images
+    if any(given is not None for given in pixels) or kwargs.get("mm_encoder_outputs"):
         backbone.has_learned_from_images |= torch.is_grad_enabled()
         return None
-    tower, resampler = backbone.vision_tower, backbone.resampler_model
-    if not others_wait_for(tower, resampler):
+    tower, resampler, cache = backbone.vision_tower, backbone.resampler_model, kwargs.get("past_key_values")
+    goes_on = cache is not None and cache.get_seq_length() > 0  # images come with the prompt
+    if goes_on or not others_wait_for(tower, resampler):
         return None
     side = tower.spatial_merge_size  # patches of the smallest image: one token
-    if kwargs.get("inputs_embeds") is None:  # first of all, as where an image is shown: shards come in one order
+    # Shards come in one order everywhere. Where an image is shown, `generate` encodes it before it calls the backbone,
+    # and any other forward once it has embedded the text.
+    if cache is None and kwargs.get("inputs_embeds") is None:
         kwargs["inputs_embeds"] = backbone.get_input_embeddings()(kwargs["input_ids"])
-    device = kwargs["inputs_embeds"].device
+    device = kwargs["input_ids"].device
     patch = tower.patch_embed
     pixels = torch.zeros(side * side, patch.in_channels * patch.patch_size**2, device=device)
     seen = backbone.get_image_features(pixels, torch.tensor([[1, side, side]], device=device), return_dict=True)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ernie_align.models.touch import are_shared_out
+
 
 def backbone_of(model: nn.Module) -> nn.Module:
     """The module that turns ids and pixels into hidden states, of a model or of the PeftModel around it."""
@@ -35,9 +37,9 @@ class ImagesOnce:
 
     frozen: of vision_is_frozen, for the model that is trained. Features are then computed without gradient by the first
     model that shows these pixels and serve the next, which must have the same tower; otherwise each forward computes
-    its own. (Input embeddings that are made to require gradients for checkpointing would send a backward, and a second
-    forward, through a tower that learns nothing.) An image that comes several times, as those of several completions
-    of one prompt do, is encoded once.
+    its own, as it does where weights are spread over processes. (Input embeddings that are made to require gradients
+    for checkpointing would send a backward, and a second forward, through a tower that learns nothing.) An image that
+    comes several times, as those of several completions of one prompt do, is encoded once.
     """
 
     def __init__(self, *, frozen: bool):
@@ -53,6 +55,8 @@ class ImagesOnce:
             if kwargs.get("pixel_values") is None:
                 return None
             grid = kwargs["image_grid_thw"]
+            if kwargs.get("inputs_embeds") is None:  # first of all, as everywhere: shards are gathered in one order
+                kwargs["inputs_embeds"] = backbone.get_input_embeddings()(kwargs["input_ids"])
             features = self._encoded(backbone, kwargs.pop("pixel_values"), grid)
             kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features * times)}
             kwargs["image_grid_thw"] = grid.repeat(times, 1)
@@ -75,7 +79,8 @@ class ImagesOnce:
         with torch.no_grad() if self.frozen else nullcontext():
             found = backbone.get_image_features(pixels, grid[distinct], return_dict=True).pooler_output
         features = tuple(found[distinct.index(place)] for place in first)
-        if self.frozen:
+        # where weights are spread over processes, a tower that one of them left out would leave the others waiting
+        if self.frozen and not are_shared_out(backbone.vision_tower, backbone.resampler_model):
             self._kept = pixel_values, grid, features
         return features
 
