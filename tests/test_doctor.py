@@ -12,8 +12,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ernie_align.cli import app
-from ernie_align.data.load import prepare
-from ernie_align.data.sources import Source
 from ernie_align.doctor import Histogram
 from ernie_align.doctor.scripts import letters_by_script
 from ernie_align.runs import examine, load_recipe, prepare_data, set_up
@@ -84,28 +82,40 @@ def test_every_faulty_row_is_found_and_none_stops_it(mixed, checkpoints, tmp_pat
     assert {"Latin", "Cyrillic", "Han"} == found.letters.keys() and found.letters["Han"] == 3
 
 
-def test_counts_and_lengths_are_those_of_training(checkpoints, digits, tmp_path):
-    """For each way from rows to examples: answers, pairs, prompts; text and images."""
-    for stage, name, more in (
-        ("sft", "train.jsonl", {}),
-        ("dpo", "preferences.jsonl", {}),
-        ("upo", "prompts.jsonl", {"rewards": [{"name": "exact_match", "column": "answer"}], "adapter": SMALL}),
-    ):
-        data = {"train": [{"path": str(digits / name), "limit": 300}], "max_length": 40}
-        values = recipe_of(stage, checkpoints["vl_moe"], digits, tmp_path / "run", data=data)
-        recipe = load_recipe(values | more)
-        (found,) = examine(recipe, workers=1).sources
-        setup = set_up(recipe)
-        source = Source(recipe.data.train[0], recipe.data)
-        examples, count = prepare(source, setup.stage.encode(recipe, setup.renderer))
-        assert found.count == count and count.kept
-        dropped = sum(count.dropped.values())
-        assert found.over[40][0] == dropped and found.lengths.count == 300
-        assert (dropped > 0) == (stage != "upo")
-        if stage == "sft":
-            kept = sorted(examples["length"][:])
-            exact = [edge for edge, number in sorted(found.lengths.bins.items()) for _ in range(number)]
-            assert exact[: len(kept)] == kept and all(length > 40 for length in exact[len(kept) :])
+def held_against_the_limit(example):
+    """Tokens of a prepared example that max_length speaks of: of a pair, the prompt with the longer answer."""
+    if "input_ids" in example:
+        return len(example["input_ids"])
+    return len(example["prompt_ids"]) + max(len(example["chosen_ids"]), len(example["rejected_ids"]))
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "upo"])
+def test_counts_and_lengths_are_those_of_training(stage, checkpoints, digits, tmp_path):
+    """For each way from rows to examples: answers, pairs, prompts with offline pairs beside them; text and images."""
+    pairs = {"path": str(digits / "preferences.jsonl"), "limit": 300}
+    more = {
+        "rewards": [{"name": "exact_match", "column": "answer"}],
+        "adapter": SMALL,
+        "upo": {"pairs": "dataset", "pairs_data": [pairs], "num_generations": 4, "max_completion_length": 8},
+    }
+    name = {"sft": "train.jsonl", "dpo": "preferences.jsonl", "upo": "prompts.jsonl"}[stage]
+    data = {"train": [{"path": str(digits / name), "limit": 300}], "max_length": 32 if stage == "upo" else 40}
+    values = recipe_of(stage, checkpoints["vl_moe"], digits, tmp_path / "run", data=data)
+    recipe = load_recipe(values | (more if stage == "upo" else {}))
+    sources = examine(recipe, workers=1).sources
+    prepared = prepare_data(set_up(recipe))
+    assert [found.count for found in sources] == prepared.counts
+    examples = [prepared.train, *prepared.beside.values()]
+    assert len(sources) == len(examples) == (2 if stage == "upo" else 1)
+    for found, kept in zip(sources, examples, strict=True):
+        limit, dropped = found.max_length, sum(found.count.dropped.values())
+        assert limit == (32 if (stage, found.part) == ("upo", "train") else 40)  # of offline pairs: with a completion
+        assert found.over[limit][0] == dropped and found.lengths.count == 300 and found.count.kept == len(kept) > 0
+        lengths = sorted(map(held_against_the_limit, kept))
+        # bins are of one length each below 128
+        told = [length for length, number in sorted(found.lengths.bins.items()) for _ in range(number)]
+        assert told[: len(kept)] == lengths and all(limit < length < 128 for length in told[len(kept) :])
+        assert dropped > 0 or (stage, found.part) == ("upo", "train")  # prompts alone are short
 
 
 def test_a_limit_costs_what_training_drops(mixed, checkpoints, tmp_path):

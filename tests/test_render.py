@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 
 import pytest
 
 from ernie_align.data.formats import canonical
+from ernie_align.data.media import Reach
 from ernie_align.data.render import IGNORED, Renderer
 from ernie_align.data.row import Row, RowDropped, RowFault
 from ernie_align.errors import ModelError
-from tests.conftest import FAMILIES, beside
+from tests.conftest import FAMILIES
 
 # The structure of 21B-A3B-Thinking's template, beside the two that the tiny checkpoints carry.
 ALWAYS_THINKS = (
@@ -104,18 +107,18 @@ def test_an_answer_is_tokenized_as_the_model_will_write_it(renderers):
     assert "▁seven" in tokenizer.convert_ids_to_tokens(together) and together != example.input_ids
 
 
-def test_images_are_expanded_by_their_size_and_never_trained(renderers, digits, tmp_path):
+def test_images_are_expanded_by_their_size_and_never_trained(renderers, digits):
     from PIL import Image
 
-    wide = tmp_path / "wide.png"
+    wide = digits.parent / "wide.png"
     Image.new("L", (28 * 5, 28 * 3)).save(wide)
     parts = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
     row = {
         "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "two"}],
-        "images": [*beside(tmp_path, digits, ["images/0000.png"]), wide.name],
+        "images": ["images/0000.png", str(wide)],
     }
     renderer = renderers["vl_moe"]
-    (example,) = renderer.examples(canonical(row, "messages", tmp_path), max_length=256)
+    (example,) = renderer.examples(canonical(row, "messages", Reach(digits, (digits.parent,))), max_length=256)
     assert example.input_ids.count(renderer.vision.placeholder) == 4 + 15
     assert example.vision_tokens == sum(token in renderer.vision.ids for token in example.input_ids) == 4 + 15 + 4
     trained = {token for token, label in zip(example.input_ids, example.labels, strict=True) if label != IGNORED}
@@ -142,6 +145,46 @@ def test_a_special_token_in_a_users_text_is_text(renderers, family):
     assert example.vision_tokens == 0
     assert tokenizer.decode(example.input_ids).count(spell) >= 3
     assert example.input_ids[: len(renderer.prompt(row).input_ids)] == renderer.prompt(row).input_ids
+
+
+def test_ids_are_the_tokenizers_own_whatever_the_text(renderers, family):
+    """Marked and unmarked, and whatever another call left set in the tokenizer."""
+    from transformers.utils.chat_template_utils import mark_control_tokens
+
+    renderer = renderers[family]
+    tokenizer, draw = renderer.tokenizer, random.Random(0)
+    marked = mark_control_tokens("</s>", re.compile("</s>"))
+    pieces = [
+        "one plus",
+        "  ",
+        " two",
+        "\n",
+        "</s>",
+        "<|end_of_sentence|>",
+        marked,
+        marked[0],
+        marked[-1],
+        "<s>",
+        "一é!",
+    ]
+    for number in range(200):
+        text = "".join(draw.choices(pieces, k=draw.randint(0, 6)))
+        if number % 4 == 0:
+            tokenizer("one two three", truncation=True, max_length=2)
+        if number % 4 == 1:
+            tokenizer(["one", "one two"], padding=True, pad_to_multiple_of=8)
+        if number % 4 == 2:
+            tokenizer("one</s>", split_special_tokens=True)
+        ids = renderer._ids(text)
+        assert ids == tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
+
+
+def test_a_template_that_writes_more_images_than_there_are_is_refused(renderers, digits):
+    renderer = renderers["vl_moe"]
+    renderer.tokenizer.chat_template = renderer.tokenizer.chat_template + "{{ '<|IMAGE_PLACEHOLDER|>' }}"
+    row = Row(messages=[{"role": "user", "content": "two?"}])
+    with pytest.raises(ModelError, match="0 images, but the chat template wrote 1 placeholders"):
+        renderer.prompt(row)
 
 
 def test_turns_with_label_0_are_context(renderers, family):
