@@ -33,9 +33,9 @@ clean-demo:
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# the walkthroughs, from a clean kernel in a clean folder, one after the other
+# the walkthroughs, from a clean kernel in a clean folder, one after the other; one thread, as models this small want no more
 test-examples: setup
-	$(BIN)/python -m pytest -m examples tests/examples
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m examples tests/examples
 
 lint: setup
 	$(BIN)/ruff check .
