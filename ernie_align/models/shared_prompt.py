@@ -7,10 +7,6 @@ longest answer; `parts` (P, 3) holds the lengths of prompt, chosen and rejected.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -64,7 +60,7 @@ def position_ids(backbone: nn.Module, input_ids: Tensor, parts: Tensor, image_gr
 
 
 def answer_places(parts: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """Where each answer's tokens are, and where they are predicted: (2P, C) each, all chosen answers first.
+    """Where in its row each answer's tokens are, and where they are predicted: (2P, C) each, all chosen answers first.
 
     The first token of both answers is predicted by the last one of the prompt. Beyond an answer's end, and before the
     first token of an empty prompt, places are within the row and mean nothing.
@@ -75,20 +71,3 @@ def answer_places(parts: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     predicted = torch.where(steps == 0, prompt.repeat(2)[:, None], found) - 1
     last = parts.sum(dim=1).repeat(2)[:, None] - 1
     return found.minimum(last), predicted.clamp(min=0).minimum(last)
-
-
-@contextmanager
-def read_at(backbone: nn.Module, places: Tensor) -> Iterator[None]:
-    """While it lasts, the backbone's last hidden state is (2P, C, H): of each pair's row, at the places (2P, C) of its
-    chosen, then of its rejected answer. The head then scores answers and no prompt."""
-
-    def choose(module: nn.Module, args: tuple, output: Any) -> Any:
-        pairs = torch.arange(len(places) // 2, device=places.device).repeat(2)
-        output.last_hidden_state = output.last_hidden_state[pairs[:, None], places]
-        return output
-
-    handle = backbone.register_forward_hook(choose)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ernie_align.data.collate import model_inputs
 from ernie_align.data.render import IGNORED
 from ernie_align.models import shared_prompt
 from ernie_align.models.vision_once import ImagesOnce, backbone_of
+from ernie_align.stages.head import score_at, scoring_labels
 
 
 class PairsApart:
@@ -33,8 +35,9 @@ class PairsApart:
         model: as it is called; inner: the same without what wraps it for many devices.
         """
         labels = self.inputs["input_ids"].masked_fill(self.inputs["completion_mask"] == 0, IGNORED)
+        scored = scoring_labels(model, backbone_of(inner))
         with self.images.shown(inner, times=2):
-            return model(**model_inputs(self.inputs), labels=labels, fused_lm_head=True, use_cache=False)
+            return scored(**model_inputs(self.inputs), labels=labels, fused_lm_head=True, use_cache=False)
 
 
 class PairsShared:
@@ -48,7 +51,8 @@ class PairsShared:
         width = ids.shape[1]
         self.images = images
         self.tokens = ids.numel()
-        places, self.predicted_at = shared_prompt.answer_places(parts, mask.shape[1] - 1)
+        places, predicted = shared_prompt.answer_places(parts, mask.shape[1] - 1)
+        self.predicted_at = predicted + width * torch.arange(len(ids), device=ids.device).repeat(2)[:, None]
         answers = ids.repeat(2, 1).gather(1, places)
         self.labels = answers.masked_fill(mask[:, 1:] == 0, IGNORED)
         self.given: dict[str, Tensor] = model_inputs(inputs) | {
@@ -60,5 +64,7 @@ class PairsShared:
 
     def forward(self, model: nn.Module, inner: nn.Module) -> Any:
         """See PairsApart."""
-        with self.images.shown(inner), shared_prompt.read_at(backbone_of(inner), self.predicted_at):
-            return model(**self.given, shift_labels=self.labels, fused_lm_head=True, use_cache=False)
+        with self.images.shown(inner):
+            return score_at(
+                model, backbone_of(inner), self.predicted_at, self.labels, {**self.given, "use_cache": False}
+            )

@@ -10,7 +10,9 @@ from trl import SFTTrainer
 
 from ernie_align.data.render import IGNORED
 from ernie_align.models.seal import beside
+from ernie_align.models.vision_once import backbone_of
 from ernie_align.stages.evaluated import fresh_rows
+from ernie_align.stages.head import scoring_labels
 from ernie_align.stages.sharded import ShardedTrainer
 from ernie_align.stages.watch import Watch
 
@@ -42,7 +44,8 @@ class SupervisedTrainer(ShardedTrainer, SFTTrainer):
         if not self.model.training:
             inputs["labels"][fresh_rows(self.accelerator, len(inputs["labels"])) :] = IGNORED
         with self.watch.forward(vision_tokens, inputs["input_ids"].numel()):
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            scored = scoring_labels(model, backbone_of(self.accelerator.unwrap_model(self.model)))
+            result = super().compute_loss(scored, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         self.watch.finite(loss.detach(), "loss", self.state.global_step + 1)
         loss = self.watch.anchored(loss, self.model)

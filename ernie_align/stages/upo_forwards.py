@@ -16,7 +16,8 @@ from ernie_align.data.render import Renderer
 from ernie_align.models.adapters import REFERENCE_ADAPTER, keep_reference
 from ernie_align.models.modality import ModalityTokens
 from ernie_align.models.seal import beside
-from ernie_align.models.vision_once import ImagesOnce, vision_is_frozen
+from ernie_align.models.vision_once import ImagesOnce, backbone_of, vision_is_frozen
+from ernie_align.stages.head import scoring_labels
 from ernie_align.stages.sharded import ShardedTrainer
 from ernie_align.stages.upo_groups import Group
 from ernie_align.stages.watch import Watch
@@ -113,9 +114,11 @@ class WatchedTrainer(ShardedTrainer, GRPOTrainer):
         """TRL's forward of a batch, of the policy or of the reference, with the routing watched; the image of several
         completions is encoded once."""
         watch = self.reference_watch if model is self.ref_model else self.watch
-        images = ImagesOnce(frozen=self.vision_is_frozen).shown(self.accelerator.unwrap_model(model))
+        inner = self.accelerator.unwrap_model(model)
+        images = ImagesOnce(frozen=self.vision_is_frozen).shown(inner)
+        scored = scoring_labels(model, backbone_of(inner))
         with watch.forward(self._vision_tokens(kwargs), input_ids.numel()), images:
-            result = super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
+            result = super()._get_per_token_logps_and_entropies(scored, input_ids, *args, **kwargs)
         self._latest_logps = result[0]
         return result
 
