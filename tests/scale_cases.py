@@ -18,10 +18,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from ernie_align.models.sharding import Parallel
 from tests.conftest import ROOT, logged, recipe_of, run_quietly, write_rows
 
 A_STEP = 4  # examples, of all processes
 GENERATIONS = 4
+PARALLEL = {"ep": Parallel(experts=2), "tp": Parallel(tensor=2), "tp+ep": Parallel(tensor=2, experts=2)}
 SCOPES = ("attention", "dense_mlp", "shared_experts", "text_experts", "vision_experts")
 SCOPES += ("text_router", "vision_router", "vision_tower", "resampler")
 VISION = ["vision_experts", "vision_router", "vision_tower", "resampler"]
@@ -197,8 +199,9 @@ def run_case(case: str, folder: Path, model: Path, steps: int, *, resume: bool =
     import torch
 
     processes = int(os.environ.get("WORLD_SIZE", 1))
+    parallel = PARALLEL.get(case.rpartition(":")[0]) if processes > 1 else None
     with sharded_on_the_cpu() if case.startswith("fsdp2:") and processes > 1 else nullcontext():
-        run_quietly(recipe(case, folder, model, processes, steps, resume), resume=resume)
+        run_quietly(recipe(case, folder, model, processes, steps, resume), resume=resume, parallel=parallel)
         if case.startswith("fsdp2:") and processes > 1:
             from accelerate.state import AcceleratorState
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 
 from ernie_align.errors import RecipeError, RunError
+from ernie_align.models.anatomy import Anatomy
 from ernie_align.models.sharding import UNITS
 from ernie_align.runs.launch import PROFILES, launch_command, profile_path, profiles
 from ernie_align.runs.launched import prepare_processes
@@ -64,12 +66,14 @@ def test_units_are_classes_of_the_family(checkpoints, family):
     assert {name for names_ in UNITS[family] for name in names_} <= names
 
 
-def test_fsdp_that_would_be_ddp_is_refused(monkeypatch):
+def test_fsdp_that_would_be_ddp_is_refused(checkpoints, monkeypatch):
     from accelerate import PartialState
+
+    anatomy = Anatomy.from_config(json.loads((checkpoints["vl_moe"] / "config.json").read_text()))
 
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RunError, match="FSDP was asked for, and Accelerate makes NO of it on cpu"):
-        prepare_processes(PartialState(), "vl_moe", adapters=False)
+        prepare_processes(PartialState(), anatomy, adapters=False, where="model.name")
 
 
 def test_slurm_script_is_sound_shell():

@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners import lora
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeExperts
 from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import Ernie4_5_VLMoeMoeExperts
@@ -67,8 +68,12 @@ class ParamWrapper(lora.ParamWrapper):
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
         updates = {wrapper.parameter_name: wrapper.update() for wrapper in self._wrappers()}
-        if not any(updates.values()):
+        updates = {name: update for name, update in updates.items() if update is not None}
+        if not updates:
             return experts(x, *args, **kwargs)
+        if experts._is_expert_parallel:
+            with experts.low_rank.adapted(updates):
+                return experts(x, *args, **kwargs)
         gate_up, down = updates.get("gate_up_proj"), updates.get("down_proj")
         return low_rank_experts(experts, x, *args, **kwargs, gate_up=gate_up, down=down)
 
@@ -107,9 +112,10 @@ def _obstacle(experts: nn.Module) -> str | None:
         return f"the experts' kernel is {kernel}, not one of {', '.join(_KERNELS)}"
     if experts.config.hidden_act != "silu":
         return f"the experts' activation is {experts.config.hidden_act}, not silu"
-    if experts._is_expert_parallel:
-        return "the experts are spread over processes"
-    if any(type(weight) is not nn.Parameter or not weight.is_floating_point() for weight in weights):
+    if experts._is_expert_parallel and not hasattr(experts, "low_rank"):
+        return "the experts were spread over processes by another hand (models.parallel)"
+    kinds = (DTensor,) if experts._is_expert_parallel else (nn.Parameter,)
+    if any(type(weight) not in kinds or not weight.is_floating_point() for weight in weights):
         return "the experts' weights are quantized, distributed or parametrized"
     if any(weight.requires_grad for weight in weights):
         return "the experts' own weights are trained"

@@ -77,35 +77,38 @@ def low_rank_experts(
 class _LowRankExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, experts, rows, hidden, top_k_weights, gate_up_a, gate_up_b, down_a, down_b):
-        x = hidden.index_select(0, rows.token).to(experts.gate_up_proj.dtype)
-        gate_up, gate_up_inner = _product(x, experts.gate_up_proj, gate_up_a, gate_up_b, rows.ends)
+        # as they are now: with expert parallelism the module holds this process's share only while its forward lasts
+        gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj
+        x = hidden.index_select(0, rows.token).to(gate_up_proj.dtype)
+        gate_up, gate_up_inner = _product(x, gate_up_proj, gate_up_a, gate_up_b, rows.ends)
         del x
         activated = experts._apply_gate(gate_up)
-        y, down_inner = _product(activated, experts.down_proj, down_a, down_b, rows.ends)
+        y, down_inner = _product(activated, down_proj, down_a, down_b, rows.ends)
         del activated
         weighted = y.mul_(_of_rows(top_k_weights, rows))
-        ctx.experts, ctx.rows = experts, rows
+        ctx.apply_gate, ctx.rows = experts._apply_gate, rows
         factors = (gate_up_a, gate_up_b, down_a, down_b)
-        ctx.save_for_backward(hidden, top_k_weights, gate_up, gate_up_inner, down_inner, *factors)
+        inner = (gate_up_inner, down_inner)
+        ctx.save_for_backward(hidden, top_k_weights, gate_up_proj, down_proj, gate_up, *inner, *factors)
         return rows.sum_by_token(weighted, len(hidden)).to(hidden.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        hidden, top_k_weights, gate_up, gate_up_inner, down_inner, *factors = ctx.saved_tensors
-        gate_up_a, gate_up_b, down_a, down_b = factors
-        experts, rows = ctx.experts, ctx.rows
+        hidden, top_k_weights, gate_up_proj, down_proj, gate_up, *inner_and_factors = ctx.saved_tensors
+        gate_up_inner, down_inner, gate_up_a, gate_up_b, down_a, down_b = inner_and_factors
+        rows = ctx.rows
         hidden_needs_grad, weights_need_grad = ctx.needs_input_grad[2:4]
         grad_weights = grad_hidden = None
 
-        value = experts._apply_gate(gate_up)
+        value = ctx.apply_gate(gate_up)
         # A row's gradient is its token's times its routing weight w. With w left out here and multiplied into the thin
         # products instead, what comes back is the gradient of y / w, and it tells that of w too: <grad, y> =
         # <grad·W, activated>. So y need not be kept, nor the wide gradient be multiplied.
         w = _of_rows(top_k_weights, rows)
         grad_y = grad.to(value.dtype).index_select(0, rows.token)
         grad_value, grad_down_a, grad_down_b = _gradients(
-            grad_y, value, experts.down_proj, down_inner, down_a, down_b, rows.ends, row_weights=w
+            grad_y, value, down_proj, down_inner, down_a, down_b, rows.ends, row_weights=w
         )
         del grad_y
         if weights_need_grad:
@@ -118,7 +121,7 @@ class _LowRankExperts(torch.autograd.Function):
         grad_x, grad_gate_up_a, grad_gate_up_b = _gradients(
             grad_gate_up,
             x,
-            experts.gate_up_proj,
+            gate_up_proj,
             gate_up_inner,
             gate_up_a,
             gate_up_b,

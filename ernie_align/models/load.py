@@ -11,6 +11,7 @@ from ernie_align.models.anatomy import Anatomy
 from ernie_align.models.files import CheckpointFiles
 from ernie_align.models.modality import ModalityTokens, route_by_input_ids
 from ernie_align.models.pixels import ImageSizes, load_image_processor
+from ernie_align.models.sharding import Parallel
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +24,7 @@ class Bundle:
     """A loaded model with everything that belongs to it.
 
     model: the transformers model, or a PeftModel around it once an adapter is on; files: where it came from; weights:
-    the folder its weights came from instead, if one was given;
+    the folder its weights came from instead, if one was given; parallel: how it is shared out over the processes;
     modality, image_sizes, image_processor: None for a text model; processor: the tokenizer of a text model.
     """
 
@@ -36,6 +37,7 @@ class Bundle:
     image_sizes: ImageSizes | None = None
     image_processor: Any = None
     weights: str | None = None
+    parallel: Parallel | None = None
 
     def save_processor(self, folder: str) -> None:
         """Tokenizer, chat template and processor files, byte for byte as they came."""
@@ -50,13 +52,14 @@ def load_model(
     attention: str = "sdpa",
     where: str = "",
     weights: str | None = None,
+    parallel: Parallel | None = None,
 ) -> Bundle:
     """Load a checkpoint of one of the three families, or an adapter and the base it names.
 
     name: folder or hub id; dtype: of the weights, `auto` for the checkpoint's own
     (routers and correction biases stay float32); where: what an error
     about the name should point at; weights: a folder to take the weights from instead (a checkpoint of a run), the
-    rest coming from `name`.
+    rest coming from `name`; parallel: share the model out over the processes so (no adapter that is already there).
     Raises ModelError for other models, missing weights, and anything that differs from the family's anatomy.
     """
     from ernie_align.models.documents import keep_documents_apart
@@ -69,7 +72,11 @@ def load_model(
     anatomy = Anatomy.from_config(config, where=where or f"{name}/config.json")
     tokenizer = files.tokenizer()
     model = _load_weights(weights or name, None if weights else revision, anatomy, dtype, attention)
-    bundle = Bundle(model, anatomy, files, tokenizer, processor=tokenizer, weights=weights)
+    if parallel:
+        from ernie_align.models.parallel import share_out
+
+        share_out(model, parallel, anatomy.family, where=where or name)
+    bundle = Bundle(model, anatomy, files, tokenizer, processor=tokenizer, weights=weights, parallel=parallel)
     if anatomy.has_vision:
         from ernie_align.models.dispatch import dispatch_by_rows
         from ernie_align.models.processor import make_processor

@@ -7,7 +7,13 @@ whichever of its experts the tokens of a process go to.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from ernie_align.errors import ModelError, RunError
+
+if TYPE_CHECKING:
+    from ernie_align.models.anatomy import Anatomy
 
 
 class Units(NamedTuple):
@@ -16,6 +22,35 @@ class Units(NamedTuple):
     layers: tuple[str, ...]
     routers: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Over how many processes matrices are cut, and over how many the experts of a pool are dealt out."""
+
+    tensor: int = 1
+    experts: int = 1
+
+    def judge(self, anatomy: Anatomy, processes: int, *, where: str, adapters: bool) -> None:
+        """Raises RunError where the processes cannot be dealt out so, ModelError where this model cannot.
+
+        where: what an error about the model should point at; adapters: whether they are what is trained.
+        """
+        in_groups = self.experts == 1 or self.experts % self.tensor == 0
+        if processes % self.tensor or processes % self.experts or not in_groups:
+            what = f"{processes} processes cannot be dealt out, {self.tensor} to a matrix and {self.experts} to a pool"
+            fix = "choose numbers that divide the processes, and experts in whole groups of --tensor-parallel"
+            raise RunError.at("--tensor-parallel, --expert-parallel", what, fix=fix)
+        if self.tensor > 1 and adapters:
+            fix = "leave --tensor-parallel out: --expert-parallel works with adapters"
+            raise RunError.at("--tensor-parallel", "adapters on matrices that are cut are not supported", fix=fix)
+        pools = {tensor.shape[0] for tensor in anatomy.tensors if tensor.kind == "fused"}
+        if self.experts > 1 and not pools:
+            raise ModelError.at(where, "the model has no routed experts", fix="leave --expert-parallel out")
+        odd = [experts for experts in pools if experts % self.experts]
+        if odd:
+            what = f"{odd[0]} experts of a pool cannot be dealt out to {self.experts} processes"
+            raise ModelError.at(where, what, fix="choose a number for --expert-parallel that divides them")
 
 
 UNITS: dict[str, Units] = {

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ernie_align.errors import RunError
-from ernie_align.models.sharding import UNITS
+from ernie_align.models.anatomy import Anatomy
+from ernie_align.models.sharding import UNITS, Parallel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -20,12 +21,21 @@ def asked_for() -> str | None:
     return next((kind for name, kind in _ASKED.items() if os.environ.get(name, "").lower() == "true"), None)
 
 
-def prepare_processes(state: PartialState, family: str, *, adapters: bool) -> None:
-    """Before anything is loaded: refuse what Accelerate would take for something else, and say how the family is cut.
+def prepare_processes(
+    state: PartialState, anatomy: Anatomy, *, adapters: bool, where: str, parallel: Parallel | None = None
+) -> None:
+    """Before anything is loaded: refuse what cannot be or what Accelerate would take for something else, and say how
+    the family is cut.
 
-    Raises RunError. Class names that the launcher's config gives are left as they are.
+    adapters: whether they are what is trained; where: what an error about the model should point at.
+    Raises RunError and ModelError. Class names that the launcher's config gives are left as they are.
     """
-    asked, units = asked_for(), UNITS[family]
+    asked, units = asked_for(), UNITS[anatomy.family]
+    if parallel:
+        parallel.judge(anatomy, state.num_processes, where=where, adapters=adapters)
+        if asked:
+            what = f"{asked} was asked for beside it, and both would share out the same weights"
+            raise RunError.at("--tensor-parallel, --expert-parallel", what, fix="launch with ddp, ddp_nodes or cpu")
     # adapters are of one dtype, and PEFT adds one to a router's weight outside the router: it must be whole there
     apart = () if adapters else units.routers
     if asked and state.distributed_type.value in ("NO", "MULTI_CPU"):
@@ -43,7 +53,7 @@ def prepare_processes(state: PartialState, family: str, *, adapters: bool) -> No
         os.environ.setdefault("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", ",".join(units.experts))
 
 
-def prove_processes(accelerator: Accelerator) -> str:
+def prove_processes(accelerator: Accelerator, model: Any) -> str:
     """One line about what the processes are. Raises RunError where that is not what was asked for."""
     found, count = accelerator.distributed_type.value, accelerator.num_processes
     asked, wanted = asked_for(), int(os.environ.get("WORLD_SIZE", 1))
@@ -53,4 +63,8 @@ def prove_processes(accelerator: Accelerator) -> str:
     if found == "NO":
         return f"one process on {accelerator.device}"
     kind = "FSDP2" if accelerator.is_fsdp2 else "DDP" if found.startswith("MULTI_") else found
+    shared_out = getattr(model.config, "distributed_config", None)
+    if shared_out is not None:
+        sizes = {"FSDP2": shared_out.fsdp_size, "matrices": shared_out.tp_size, "experts": shared_out.ep_size}
+        kind = ", ".join(f"{name} over {size}" for name, size in sizes.items() if size > 1)
     return f"{count} processes on {accelerator.device.type}: {kind} over {accelerator.state.backend}"

@@ -17,6 +17,7 @@ from ernie_align.models.load import Bundle, load_model
 from ernie_align.models.pixels import pixel_backend
 from ernie_align.models.scopes import Coverage, coverage
 from ernie_align.models.seal import flush, seal
+from ernie_align.models.sharding import Parallel
 from ernie_align.recipe import Recipe, to_yaml
 from ernie_align.runs.directory import RunDirectory
 from ernie_align.runs.launched import prepare_processes, prove_processes
@@ -67,10 +68,11 @@ class RunResult:
     text_unchanged: bool | None = None
 
 
-def run(recipe: Recipe, *, resume: bool = False, reporter: Reporter) -> RunResult:
+def run(recipe: Recipe, *, resume: bool = False, parallel: Parallel | None = None, reporter: Reporter) -> RunResult:
     """Train what the recipe says, into `run.dir`.
 
-    resume: go on from the newest whole checkpoint in run.dir, or begin if there is none; a finished run stays as it is.
+    resume: go on from the newest whole checkpoint in run.dir, or begin if there is none; a finished run stays as it is;
+    parallel: share the model out over the processes so, beyond what the launcher does.
     Raises the AlignError that fits, Interrupted where a signal stopped it; whatever ends the run, its whole checkpoints
     stay.
     """
@@ -80,7 +82,8 @@ def run(recipe: Recipe, *, resume: bool = False, reporter: Reporter) -> RunResul
     directory = RunDirectory(recipe.run.dir, where=recipe.run.where("dir"))
     setup = set_up(recipe)
     recipe = setup.recipe
-    prepare_processes(state, setup.anatomy.family, adapters=getattr(recipe, "adapter", None) is not None)
+    adapters = getattr(recipe, "adapter", None) is not None
+    prepare_processes(state, setup.anatomy, adapters=adapters, where=recipe.model.where("name"), parallel=parallel)
     config = setup.stage.configure(recipe, recipe.run.dir)  # what TRL refuses is refused before anything is made
     with listening(directory) as signals:
         try:
@@ -89,7 +92,8 @@ def run(recipe: Recipe, *, resume: bool = False, reporter: Reporter) -> RunResul
             if directory.final.exists():
                 reporter.say(f"{directory.path} is finished already")
                 return RunResult(directory.path, directory.final, {}, directory.facts().get("text_unchanged"))
-            return _train(setup, config, directory, reporter, resume=resume, processes=processes, signals=signals)
+            how = {"resume": resume, "parallel": parallel, "processes": processes, "signals": signals}
+            return _train(setup, config, directory, reporter, **how)
         finally:
             directory.release()
 
@@ -131,6 +135,7 @@ def _train(
     reporter: Reporter,
     *,
     resume: bool,
+    parallel: Parallel | None,
     processes: Processes,
     signals: Signals,
 ) -> RunResult:
@@ -167,13 +172,13 @@ def _train(
         directory.write("preview.txt", as_text(example))
 
     checkpoint = _where_to_go_on(directory, reporter, processes) if resume else None
-    bundle = _load(setup, checkpoint)
+    bundle = _load(setup, checkpoint, parallel)
     batches = Batches(data.train, data.eval, data.row_name, setup.renderer, data.beside)
     stop = StopAtStepEnd(directory, signals, processes)
     callbacks = _callbacks(directory, bundle, recipe, reporter, stop)
     trainer = stop.trainer = setup.stage.build_trainer(recipe, config, bundle, batches, callbacks)
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict
-    reporter.say(prove_processes(trainer.accelerator))
+    reporter.say(prove_processes(trainer.accelerator, trainer.model))
     reporter.say(_pace(config, "packs" if recipe.training.get("packing") else "examples"))
     repeated = _repeated(config, trainer.train_dataset)
     if repeated:
@@ -247,7 +252,7 @@ def _lines_logged(checkpoint: Path) -> int:
     return len(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"])
 
 
-def _load(setup: Setup, checkpoint: Path | None) -> Bundle:
+def _load(setup: Setup, checkpoint: Path | None, parallel: Parallel | None) -> Bundle:
     from transformers import set_seed
 
     block = setup.recipe.model
@@ -261,6 +266,7 @@ def _load(setup: Setup, checkpoint: Path | None) -> Bundle:
         # Trainer restores a full model with strict=False, which finds 3 of 98 tensors of a VL checkpoint: so the model
         # is built from the checkpoint, and what Trainer then finds changes nothing
         weights=str(checkpoint) if holds_model else None,
+        parallel=parallel,
     )
     set_seed(setup.recipe.run.seed)  # a fresh adapter is drawn at random
     trained = setup.stage.wrap(setup.recipe, bundle)

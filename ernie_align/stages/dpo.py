@@ -235,7 +235,7 @@ def _build_trainer(
         stored = stored_reference(recipe, bundle, Path(config.output_dir), depends_on=f"ld_alpha {block.ld_alpha}")
     return PreferenceTrainer(
         model=bundle.model,
-        ref_model=frozen_model(recipe) if _has_own_reference(recipe) else None,
+        ref_model=frozen_model(recipe, bundle) if _has_own_reference(recipe) else None,
         args=config,
         data_collator=collator(
             bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor, row_name=batches.row_name

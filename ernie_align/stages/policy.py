@@ -62,13 +62,19 @@ def _trained(
     raise RecipeError.at(recipe.where("adapter"), "nothing says what is trained", fix=fix)
 
 
-def frozen_model(recipe: PolicyRecipe) -> nn.Module:
-    """The recipe's model once more, routed like the policy: of a resumed run too, it is where the run began."""
+def frozen_model(recipe: PolicyRecipe, bundle: Bundle) -> nn.Module:
+    """The recipe's model once more, routed and shared out like the policy. Of a resumed run too, it is where the run
+    began."""
     from ernie_align.models.load import load_model
 
     block = recipe.model
     reference = load_model(
-        block.name, dtype=block.dtype, revision=block.revision, attention=block.attention, where=block.where("name")
+        block.name,
+        dtype=block.dtype,
+        revision=block.revision,
+        attention=block.attention,
+        where=block.where("name"),
+        parallel=bundle.parallel,
     )
     return reference.model.requires_grad_(False)
 

@@ -7,6 +7,8 @@ writing its own part, none holding all of them. Any number of processes reads it
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,19 @@ class ShardedTrainer(Trainer):
     """What Trainer's own classes leave undone where processes share the weights. To be named before one of them."""
 
     def __init__(self, *args: Any, **kwargs: Any):
+        config = kwargs["args"]
+        wanted = config.save_only_model
+        # Trainer refuses to checkpoint a model that owns its shards, for want of what is written here
+        config.save_only_model = wanted or getattr(kwargs["model"], "is_distributed_loading_by_transformers", False)
         super().__init__(*args, **kwargs)
+        self.args.save_only_model = wanted
         # FSDP2 trains float32 copies of bfloat16 weights: what is saved is of the model's own dtype
         self._dtypes = {name: weight.dtype for name, weight in self.model.named_parameters()}
+
+    @property
+    def _owns_its_shards(self) -> bool:
+        """Whether the model was shared out before the trainer got it (models.parallel)."""
+        return self.is_distributed_loading_by_transformers
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Trainer's. An adapter is loaded before it is sharded; a model was built from its checkpoint (runs.train)."""
@@ -35,7 +47,7 @@ class ShardedTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's. Sharded weights are gathered, tensor by tensor, and written by the first process."""
-        if not self.is_fsdp_enabled:
+        if not (self.is_fsdp_enabled or self._owns_its_shards):
             super().save_model(output_dir, _internal_call)
             return
         adapter = hasattr(self.model, "peft_config")
@@ -49,10 +61,11 @@ class ShardedTrainer(Trainer):
             if self.args.should_save:
                 state[name] = whole.to("cpu", self._dtypes.get(name, whole.dtype))
         if self.args.should_save:
-            self._save(output_dir, state_dict=state)
+            with _as_if_whole(self.model.config):
+                self._save(output_dir, state_dict=state)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
+        if not (self.is_fsdp_enabled or self._owns_its_shards):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         dcp.save(training_state(self.model, self.optimizer), checkpoint_id=str(Path(output_dir) / SHARDED))
@@ -60,12 +73,13 @@ class ShardedTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self.is_fsdp_enabled:
+        adapter = hasattr(self.model, "peft_config")  # whole on every process, where the model owns its shards
+        if not self.is_fsdp_enabled and (adapter or not self._owns_its_shards):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         sharded = checkpoint is not None and (Path(checkpoint) / SHARDED).is_dir()
-        if checkpoint is None or not (sharded or self.is_fsdp_enabled):
+        if checkpoint is None or not (sharded or self.is_fsdp_enabled or self._owns_its_shards):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         if sharded:
@@ -76,6 +90,21 @@ class ShardedTrainer(Trainer):
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
+
+
+@contextmanager
+def _as_if_whole(config: Any) -> Iterator[None]:
+    """While it lasts, `save_pretrained` writes the weights it is handed. It would ask all processes for its own once
+    more where the model owns its shards, and write a tied weight twice."""
+    shared_out = getattr(config, "distributed_config", None)
+    if shared_out is None:
+        yield
+        return
+    config.distributed_config = None
+    try:
+        yield
+    finally:
+        config.distributed_config = shared_out
 
 
 def training_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:

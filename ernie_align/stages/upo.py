@@ -106,7 +106,7 @@ def _build_trainer(
         image_processor=bundle.image_processor,
         row_name=batches.row_name,
         keeps_adapter=recipe.keeps_adapter,
-        frozen=frozen_model(recipe) if needs_model else None,
+        frozen=frozen_model(recipe, bundle) if needs_model else None,
         pairs={name: pairs(name, rows) for name, rows in batches.beside.items()},
         tables=CompletionTables(folder / "completions", block.completions_steps),
     )

@@ -1,0 +1,99 @@
+"""Tensor and expert parallelism: a model shared out over processes by transformers' DistributedConfig.
+
+FSDP2 fetches all experts of a layer for whichever tokens a process has. With expert parallelism each process keeps its
+own experts of both pools for good, and tokens travel to them instead. What is left of the model is spread by FSDP2, or,
+with tensor parallelism, cut within each matrix over neighbours that share a batch.
+
+Adapters are put on afterwards and are whole on every process. Each process applies its own experts' share of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
+from transformers.distributed.expert_parallel import AutoEP, EPImplementationInterface
+
+from ernie_align.errors import ModelError
+from ernie_align.models.grouped import LowRank, low_rank_experts
+from ernie_align.models.sharding import UNITS, Parallel
+
+_LOW_RANK = "ernie_align_low_rank"  # in transformers' registry of ways to bring experts their tokens
+
+
+class LowRankEP(AutoEP):
+    """transformers' exchange of tokens. What the experts of this process then compute has their adapters in it.
+
+    updates: of `gate_up_proj` and `down_proj`, of all experts; set while a wrapper's forward lasts.
+    """
+
+    def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any):
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.frozen, self.experts, self.updates = self.experts_forward, experts, {}
+        for way in filter(None, (self.all_to_all, self.all_reduce)):
+            way.experts_forward = self._compute
+        experts.low_rank = self  # where a wrapper finds it
+
+    def _compute(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Rows that came, with numbers of experts among those here."""
+        if not self.updates:
+            return self.frozen(hidden, top_k_index, top_k_weights)
+        first = self.ep_mesh.get_local_rank() * self.num_local_experts
+        own = slice(first, first + self.num_local_experts)
+        updates = {name: LowRank(a[own], b[own]) for name, (a, b) in self.updates.items()}
+        return low_rank_experts(
+            self.experts,
+            hidden,
+            top_k_index,
+            top_k_weights,
+            gate_up=updates.get("gate_up_proj"),
+            down=updates.get("down_proj"),
+        )
+
+    @contextmanager
+    def adapted(self, updates: dict[str, LowRank]) -> Iterator[None]:
+        """While it lasts, a forward of the experts adds these."""
+        self.updates = updates
+        try:
+            yield
+        finally:
+            self.updates = {}
+
+
+def share_out(model: PreTrainedModel, parallel: Parallel, family: str, *, where: str) -> None:
+    """Cut a whole model and keep this process's part of it. Every process calls it with the same weights.
+
+    parallel: as judged by models.sharding. Raises ModelError where attention cannot be cut so.
+    """
+    heads = model.config.get_text_config().num_key_value_heads
+    if heads % parallel.tensor:
+        what = f"{heads} heads of keys and values cannot be cut over {parallel.tensor} processes"
+        raise ModelError.at(where, what, fix="choose a number for --tensor-parallel that divides them")
+    EPImplementationInterface.register(_LOW_RANK, LowRankEP)
+    processes = torch.distributed.get_world_size()
+    config = DistributedConfig(
+        tp_size=parallel.tensor,
+        fsdp_size=processes // parallel.tensor,
+        ep_size=parallel.experts,
+        ep_implementation=_LOW_RANK,
+    )
+    config, _, meshes = model.prepare_distribute_model(config)
+    # Embeddings and head are one weight, which plans of their own would part: they stay whole on neighbours, and FSDP2
+    # spreads them with what is outside the layers.
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    apart = {name for name, module in model.named_modules() if module in both}
+    model.tp_plan = {name: style for name, style in model.tp_plan.items() if name not in apart}
+    names = {name for name, module in model.named_modules() if type(module).__name__ in UNITS[family].layers}
+    model.fsdp_plan = dict.fromkeys(sorted(names), "free_full_weight")
+    # Not while it is loaded: cut by FSDP2, a hub checkpoint's joined routers are split wrongly (transformers 5.23).
+    model.maybe_distribute_model(model, config, meshes)
+    if config.dp_size > 1:
+        register_fsdp_forward_method(model, "generate")  # which encodes images before it calls the model
+    else:
+        model.to(meshes.get_mesh("tp").device_type)  # FSDP2 does so itself
