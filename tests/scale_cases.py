@@ -27,6 +27,7 @@ PARALLEL = {"ep": Parallel(experts=2), "tp": Parallel(tensor=2), "tp+ep": Parall
 SCOPES = ("attention", "dense_mlp", "shared_experts", "text_experts", "vision_experts")
 SCOPES += ("text_router", "vision_router", "vision_tower", "resampler")
 VISION = ["vision_experts", "vision_router", "vision_tower", "resampler"]
+ADAPTER = {"rank": 4, "alpha": 8, "scopes": [*VISION, "attention", "text_experts"]}
 
 
 def make_rows(folder: Path, digits: Path) -> None:
@@ -78,6 +79,13 @@ def make_rows(folder: Path, digits: Path) -> None:
     mixed(shown, prompts, "prompts")
 
 
+def make_adapter(folder: Path, model: Path) -> None:
+    """A finished adapter, which the cases of +continued go on with."""
+    made = recipe_of("lora", model, folder / "rows.jsonl", folder / "adapter", adapter=ADAPTER)
+    made["training"] |= {"max_steps": 2}
+    run_quietly(made)
+
+
 def recipe(case: str, folder: Path, model: Path, processes: int, steps: int, resume: bool) -> dict[str, Any]:
     """A case is a stage and what it trains, sharded or not: sft-all, lora-vision, fsdp2:dpo-adapter, ..."""
     sharing, _, rest = case.rpartition(":")
@@ -90,6 +98,10 @@ def recipe(case: str, folder: Path, model: Path, processes: int, steps: int, res
         "train_sampling_strategy": "sequential",
         "gradient_checkpointing": what.endswith("checkpointing"),
         "learning_rate": 3e-4,
+        # Adam divides a gradient by its own size: one of 1e-8 that is nothing but rounding moves its weight by the whole
+        # learning rate, either way, and the next step's experts that all but tie turn. From 1e-5 up, gradients here are
+        # well above their rounding (6e-8 at most).
+        "adam_epsilon": 1e-5,
     }
     if what.endswith("+streaming"):
         made["data"]["streaming"] = True
@@ -99,18 +111,19 @@ def recipe(case: str, folder: Path, model: Path, processes: int, steps: int, res
         made["training"] |= {"per_device_eval_batch_size": 2}
     if sharing:
         made["training"] |= {"save_strategy": "steps", "save_steps": 2}
-    adapter = {"rank": 4, "alpha": 8}
-    if stage == "lora":
-        scope = what.partition("+")[0]
-        made["adapter"] = {**adapter, "scopes": VISION if scope == "vision" else [scope]}
-    if stage == "dpo":
+    scope = what.partition("+")[0]
+    if what == "weights":
         made.pop("adapter")
-        if what == "weights":
-            made["tune"] = {"scopes": "all"}
-        else:
-            made["adapter"] = {**adapter, "scopes": [*VISION, "attention", "text_experts"]}
+        made["tune"] = {"scopes": "all"}
+    elif scope == "adapter":
+        made["adapter"] = dict(ADAPTER)
+    elif stage == "lora":
+        made["adapter"] = {**ADAPTER, "scopes": VISION if scope == "vision" else [scope]}
+    if what.endswith("+continued"):
+        made["adapter"]["path"] = str(folder / "adapter" / "final")
+    if what.endswith("+bfloat16"):
+        made["model"]["dtype"] = "bfloat16"
     if stage == "upo":
-        made["adapter"] = {**adapter, "scopes": [*VISION, "attention", "text_experts"]}
         made["rewards"] = [
             {"name": "contains", "text": "e", "label": "has_e"},
             {"name": "contains", "text": "a", "label": "has_a", "weight": 0.3},
@@ -216,41 +229,50 @@ def apart(one: Path, other: Path, key: str = "loss") -> float:
 
 def by_hand(folder: Path) -> None:
     """Every case against one process, and the checkpoint of two on one and on four. Prints a table."""
-    import time
-
     import torch
 
     from ernie_align.report.console import hush
     from ernie_align.tiny import make_checkpoint, make_digits
-    from tests.test_resume import stopped_after
 
     hush()
     torch.multinomial = draw_by_place
     folder.mkdir(parents=True)
     model, digits = make_checkpoint("vl_moe", folder / "model"), make_digits(folder / "digits")
     make_rows(folder, digits)
+    make_adapter(folder, model)
     cases = ["sft-all", *(f"lora-{scope}" for scope in SCOPES), "lora-vision+checkpointing", "lora-attention+streaming"]
-    cases += ["dpo-adapter", "dpo-weights", "upo-adapter"]
-    both = [*cases, *(f"fsdp2:{case}" for case in cases)]
-    for processes, chosen in ((2, both), (4, ["sft-all", "dpo-adapter", "upo-adapter", "fsdp2:sft-all"])):
+    cases += ["dpo-adapter", "dpo-weights", "upo-adapter", "lora-adapter+continued", "dpo-adapter+continued"]
+    cases += ["upo-adapter+continued", "sft-all+bfloat16"]
+    sharded = [f"fsdp2:{case}" for case in cases]
+    four = [case for case in cases + sharded if case.endswith(("sft-all", "dpo-adapter", "upo-adapter"))]
+    for processes, chosen in ((2, cases + sharded), (4, four)):
         for some in (chosen[start : start + 7] for start in range(0, len(chosen), 7)):
             for case in some:
                 if not run_dir(case, folder, 1).exists():
                     run_case(case, folder, model, 10)
-            start = time.monotonic()
             launch(folder, model, processes, some)
-            print(f"{processes} processes, {len(some)} cases: {time.monotonic() - start:.0f} s", flush=True)
             for case in some:
                 found = apart(run_dir(case, folder, 1), run_dir(case, folder, processes))
                 print(f"{case:34} {processes} processes: {found:.1e}", flush=True)
     for case in ("fsdp2:sft-all", "fsdp2:dpo-adapter"):
         for processes in (1, 4):
-            stopped_after(4, run_dir(case, folder, 2), run_dir(case, folder, processes, resume=True))
-        run_case(case, folder, model, 10, resume=True)
-        launch(folder, model, 4, [case], resume=True)
-        for processes in (1, 4):
+            goes_on(case, folder, model, 10, after=4, processes=processes)
             found = apart(run_dir(case, folder, 2), run_dir(case, folder, processes, resume=True))
             print(f"{case:34} checkpoint of 2 on {processes}: {found:.1e}", flush=True)
+
+
+def goes_on(case: str, folder: Path, model: Path, steps: int, *, after: int, processes: int) -> Path:
+    """What two processes did up to a checkpoint, gone on with on one or four. Returns the run directory."""
+    from tests.test_resume import stopped_after
+
+    again = run_dir(case, folder, processes, resume=True)
+    shutil.rmtree(again, ignore_errors=True)
+    stopped_after(after, run_dir(case, folder, 2), again)
+    if processes == 1:
+        run_case(case, folder, model, steps, resume=True)
+    else:
+        launch(folder, model, processes, [case], steps=steps, resume=True)
+    return again
 
 
 def main() -> None:

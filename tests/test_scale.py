@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ernie_align import export
 from tests import scale_cases
 from tests.conftest import logged
-from tests.scale_cases import apart, run_case, run_dir
-from tests.test_resume import stopped_after
+from tests.scale_cases import apart, goes_on, run_case, run_dir
 
 # What is left of two orders of summation in float32 after four steps, at a loss of 7.
 BOUND = 1e-5
 RESUMED = ["fsdp2:sft-all", "fsdp2:lora-vision+checkpointing"]
-CASES = ["sft-all", "dpo-adapter", "upo-adapter", *RESUMED, "fsdp2:dpo-adapter", "fsdp2:upo-adapter"]
+CONTINUED = ["fsdp2:lora-adapter+continued", "fsdp2:dpo-adapter+continued"]
+CASES = ["sft-all", "dpo-adapter", "upo-adapter", *RESUMED, "fsdp2:dpo-adapter", "fsdp2:upo-adapter", *CONTINUED]
 STEPS = 3
 
 
@@ -22,6 +23,7 @@ def folder(checkpoints, digits, tmp_path_factory):
     """Every case on two processes, which are started once."""
     folder = tmp_path_factory.mktemp("scale")
     scale_cases.make_rows(folder, digits)
+    scale_cases.make_adapter(folder, checkpoints["vl_moe"])
     scale_cases.launch(folder, checkpoints["vl_moe"], 2, CASES, steps=STEPS)
     return folder
 
@@ -48,9 +50,30 @@ def header(folder):
 @pytest.mark.parametrize("case", RESUMED)
 def test_one_process_goes_on_where_two_stopped(folder, checkpoints, case):
     """From a checkpoint of sharded weights and moments. What both write differs by rounding of the training alone."""
-    again = run_dir(case, folder, 1, resume=True)
-    stopped_after(2, run_dir(case, folder, 2), again)
-    run_case(case, folder, checkpoints["vl_moe"], STEPS, resume=True)
+    again = goes_on(case, folder, checkpoints["vl_moe"], STEPS, after=2, processes=1)
     assert apart(run_dir(case, folder, 2), again) <= BOUND
     assert header(again / "final") == header(run_dir(case, folder, 2) / "final")
     assert (again / "final" / "config.json").exists() != case.startswith("fsdp2:lora")
+
+
+def test_four_processes_go_on_where_two_stopped(folder, checkpoints):
+    case = RESUMED[0]
+    again = goes_on(case, folder, checkpoints["vl_moe"], STEPS, after=2, processes=4)
+    assert apart(run_dir(case, folder, 2), again) <= BOUND
+
+
+@pytest.mark.parametrize("case", [*RESUMED, *CONTINUED])
+def test_two_processes_write_what_one_writes(folder, checkpoints, case, tmp_path):
+    """Gone on with after its last step, one process reads the shards, has nothing left to train, and writes."""
+    one = goes_on(case, folder, checkpoints["vl_moe"], STEPS, after=STEPS, processes=1) / "final"
+    two = run_dir(case, folder, 2) / "final"
+    assert bytes_of(one) == bytes_of(two)
+    if case == RESUMED[1]:
+        merged = [export(final, to=tmp_path / name).folder for final, name in ((one, "one"), (two, "two"))]
+        weights = [bytes_of(folder, ".safetensors") for folder in merged]
+        assert weights[0] and weights[0] == weights[1]
+
+
+def bytes_of(folder, ending=""):
+    """Every file, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.endswith(ending)}

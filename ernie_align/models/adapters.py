@@ -51,7 +51,7 @@ def attach(bundle: Bundle, block: AdapterBlock) -> list[Target]:
     from peft import get_peft_model
     from safetensors import SafetensorError
 
-    from ernie_align.models.experts import load_adapter
+    from ernie_align.models.experts import load_adapter, names_in_order
 
     targets = adapter_targets(bundle.anatomy, block)
     if block.path is None:
@@ -62,7 +62,7 @@ def attach(bundle: Bundle, block: AdapterBlock) -> list[Target]:
             warnings.filterwarnings("ignore", message=".*keys did not match any targeted module.*")
             # the adapter remembers which revision of a hub model it belongs to
             revision = None if bundle.files.is_folder else bundle.files.revision
-            bundle.model = get_peft_model(bundle.model, config, revision=revision)
+            bundle.model = names_in_order(get_peft_model(bundle.model, config, revision=revision))
     else:
         try:
             bundle.model = load_adapter(bundle.model, block.path, is_trainable=True)

@@ -47,9 +47,19 @@ def load_adapter(model: nn.Module, path: str, *, is_trainable: bool = False, rev
     if isinstance(config, LoraConfig):
         with_grouped_experts(config)
     try:
-        return PeftModel.from_pretrained(model, path, config=config, is_trainable=is_trainable, revision=revision)
+        loaded = PeftModel.from_pretrained(model, path, config=config, is_trainable=is_trainable, revision=revision)
+        return names_in_order(loaded)
     except SafetensorError as error:
         raise ModelError.at(path, f"the adapter could not be loaded: {error}", fix="restore the folder") from error
+
+
+def names_in_order(model: PeftModel) -> PeftModel:
+    """PEFT keeps the names of adapted modules in a set, and writes it in another order in every process of Python. In
+    order, the same adapter is the same bytes."""
+    for config in model.peft_config.values():
+        if isinstance(getattr(config, "target_modules", None), set):
+            config.target_modules = sorted(config.target_modules)
+    return model
 
 
 class ParamWrapper(lora.ParamWrapper):
