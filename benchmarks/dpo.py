@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import (
-    Arm,
     Questions,
+    arms_of,
+    asked_for,
     demand_equal,
     forget_peak,
     interleave,
@@ -31,7 +32,8 @@ from benchmarks.measure import (
     median,
     peak_memory,
     ratio,
-    show,
+    settings_of,
+    table,
 )
 
 ARMS = ("plain", "apart", "shared")
@@ -199,15 +201,8 @@ def demand_equal_gradients(folder: Path, arm: str) -> float:
 
 def main() -> None:
     """Make model and pairs, prove the arms equal, ask them in turn, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="mini", choices=["tiny", "mini"])
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--pairs", type=int, default=3, help="pairs of a step")
-    parser.add_argument("--side", type=int, default=448, help="pixels of an image's side, in steps of 28")
-    parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    numbers = {"pairs": (3, "pairs of a step"), "side": (448, "pixels of an image's side, in steps of 28")}
+    given = asked_for(__doc__, ARMS, repetitions=(5, None), **numbers)
     if given.arm:
         work(given.arm, given.folder, given)
         return
@@ -223,9 +218,7 @@ def main() -> None:
         write_pairs(folder, given)
         setup = set_up(load_recipe(recipe("shared", folder, given)))
         rows = list(prepare_data(setup).train)
-        arguments = [f"--{key}={getattr(given, key)}" for key in ("preset", "repetitions", "pairs", "side")]
-        arguments += [f"--folder={folder}", *(["--checkpointing"] if given.checkpointing else [])]
-        arms = [Arm("benchmarks.dpo", arm, arguments) for arm in ARMS]
+        arms = arms_of("benchmarks.dpo", ARMS, given, folder)
         firsts = {arm.name: [arm.step()] for arm in arms}
         worst = {}
         for arm in ARMS[1:]:
@@ -257,29 +250,18 @@ def main() -> None:
         f"float32, checkpointing {given.checkpointing}"
     )
     print(f"{machine()}; gradients equal to {max(worst.values()):.0e}\n")
-    heads = (
-        "s a step",
-        "plain's time over it",
-        "useful tokens/s",
-        "peak GB",
-        "plain's over it",
-        "less the loaded model",
+    columns = (
+        ("s a step", "seconds", ".2f"),
+        ("plain's time over it", "plain_seconds_over_it"),
+        ("useful tokens/s", "tokens_per_second", ".0f"),
+        ("peak GB", "peak_bytes", ".2f", 1e9),
+        ("plain's over it", "plain_peak_over_it"),
+        ("less the loaded model", "over_loaded_bytes", ".2f", 1e9),
+        ("plain's over it", "plain_over_over_it"),
     )
-    print(f"| | {' | '.join(heads)} | plain's over it |\n|{'---|' * 8}")
-    for arm, figure in figures.items():
-        cells = (
-            f"{figure['seconds']:.2f}",
-            show(figure["plain_seconds_over_it"]),
-            f"{figure['tokens_per_second']:.0f}",
-            f"{figure['peak_bytes'] / 1e9:.2f}",
-            show(figure["plain_peak_over_it"]),
-            f"{figure['over_loaded_bytes'] / 1e9:.2f}",
-            show(figure["plain_over_over_it"]),
-        )
-        print(f"| {arm} | {' | '.join(cells)} |")
-    settings = {key: getattr(given, key) for key in ("preset", "repetitions", "pairs", "side", "checkpointing")}
+    print(table(figures, *columns))
     name = "dpo" + ("" if given.preset == "mini" else f"-{given.preset}") + ("-checkpointing" * given.checkpointing)
-    keep(name, {**settings, "prompt": prompt, "answer": answer, "gradients_off": worst, "arms": figures})
+    keep(name, {**settings_of(given), "prompt": prompt, "answer": answer, "gradients_off": worst, "arms": figures})
 
 
 if __name__ == "__main__":

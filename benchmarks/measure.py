@@ -6,6 +6,7 @@ each is its own.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -19,6 +20,32 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def asked_for(doc: str, arms: Iterable[str], **numbers: tuple[int, str | None]) -> argparse.Namespace:
+    """The command line of a benchmark of whole steps: --preset, its own numbers (each with its default and what it is),
+    --checkpointing, and what an arm is told."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="mini", choices=["tiny", "mini"])
+    for name, (default, what) in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=what)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--arm", choices=list(arms), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def settings_of(given: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, without what an arm is told."""
+    return {name: value for name, value in vars(given).items() if name not in ("arm", "folder")}
+
+
+def arms_of(module: str, arms: Iterable[str], given: argparse.Namespace, folder: Path) -> list[Arm]:
+    """The arms of such a benchmark, each told what was asked for."""
+    words = [f"--folder={folder}"]
+    for name, value in settings_of(given).items():
+        words += ([f"--{name}"] if value else []) if isinstance(value, bool) else [f"--{name}={value}"]
+    return [Arm(module, arm, words) for arm in arms]
 
 
 class Arm:
@@ -167,6 +194,18 @@ def machine() -> str:
 def show(ratio: dict[str, float]) -> str:
     """median [min, max]"""
     return f"{ratio['median']:.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}]"
+
+
+def table(figures: dict[str, dict[str, Any]], *columns: tuple) -> str:
+    """Markdown, a row for each name. columns: (head, key of the figures[, format[, unit]]), ratios as show has them."""
+
+    def cell(value: Any, form: str = "", unit: float = 1) -> str:
+        return show(value) if isinstance(value, dict) else f"{value / unit:{form}}"
+
+    lines = [f"| | {' | '.join(head for head, *_ in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, figure in figures.items():
+        lines.append(f"| {name} | {' | '.join(cell(figure[key], *how) for _, key, *how in columns)} |")
+    return "\n".join(lines)
 
 
 def keep(name: str, figures: dict[str, Any]) -> Path:

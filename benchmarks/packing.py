@@ -17,7 +17,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Arm, demand_equal, interleave, keep, machine, median, ratio, show
+from benchmarks.measure import (
+    arms_of,
+    asked_for,
+    demand_equal,
+    interleave,
+    keep,
+    machine,
+    median,
+    ratio,
+    settings_of,
+    table,
+)
 
 ARMS = ("packed", "block_mask", "padded")
 BATCHES = 2  # of a step
@@ -127,15 +138,8 @@ def work(arm: str, folder: Path, given: argparse.Namespace) -> None:
 
 def main() -> None:
     """Make model, rows and batches, ask the arms in turn, prove them equal, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="mini", choices=["tiny", "mini"])
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=8, help="rows of a padded batch")
-    parser.add_argument("--capacity", type=int, default=1024, help="tokens of a pack")
-    parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    numbers = {"rows": (8, "rows of a padded batch"), "capacity": (1024, "tokens of a pack")}
+    given = asked_for(__doc__, ARMS, repetitions=(5, None), **numbers)
     if given.arm:
         work(given.arm, given.folder, given)
         return
@@ -150,11 +154,7 @@ def main() -> None:
         lengths, vision = rows["length"][:], sum(rows["vision_tokens"][:])
         batches = make_batches(lengths, given, WARM_UP + given.repetitions + 1)
         (folder / "batches.json").write_text(json.dumps(batches))
-        settings = {key: getattr(given, key) for key in ("preset", "repetitions", "rows", "capacity", "checkpointing")}
-        arguments = [f"--{key}={value}" for key, value in settings.items() if not isinstance(value, bool)]
-        arguments += [f"--folder={folder}", *(["--checkpointing"] if given.checkpointing else [])]
-        arms = [Arm("benchmarks.packing", arm, arguments) for arm in ARMS]
-        steps = interleave(arms, given.repetitions, warm_up=WARM_UP)
+        steps = interleave(arms_of("benchmarks.packing", ARMS, given, folder), given.repetitions, warm_up=WARM_UP)
     for arm in ("packed", "block_mask"):
         # sums of float32 in another order, over two batches; Adam shows rounding from the second step on
         demand_equal(steps[arm], steps["padded"], {"loss": 1e-4, "grad_norm": 1e-3})
@@ -184,11 +184,15 @@ def main() -> None:
         f"rows of {facts['shortest']} to {facts['longest']} tokens, {facts['vision_share']:.0%} of them vision; "
         f"{tokens:.0f} useful tokens a step; {facts['padding']:.1%} padding in batches of {given.rows} rows\n"
     )
-    print("| | s a step | padded's time over it | useful tokens/s | peak GB |\n|---|---|---|---|---|")
-    for arm, figure in figures.items():
-        times = f"{figure['seconds']:.2f} | {show(figure['padded_over_it'])} | "
-        print(f"| {arm} | {times}{figure['useful_tokens_per_second']:.0f} | {figure['peak_bytes'] / 1e9:.2f} |")
-    keep("packing" if given.preset == "mini" else f"packing-{given.preset}", {**settings, **facts, "arms": figures})
+    columns = (
+        ("s a step", "seconds", ".2f"),
+        ("padded's time over it", "padded_over_it"),
+        ("useful tokens/s", "useful_tokens_per_second", ".0f"),
+        ("peak GB", "peak_bytes", ".2f", 1e9),
+    )
+    print(table(figures, *columns))
+    name = "packing" if given.preset == "mini" else f"packing-{given.preset}"
+    keep(name, {**settings_of(given), **facts, "arms": figures})
 
 
 if __name__ == "__main__":

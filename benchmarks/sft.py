@@ -15,7 +15,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Arm, Questions, Stopwatch, demand_equal, interleave, keep, machine, median, ratio, show
+from benchmarks.measure import (
+    Questions,
+    Stopwatch,
+    arms_of,
+    asked_for,
+    demand_equal,
+    interleave,
+    keep,
+    machine,
+    median,
+    ratio,
+    settings_of,
+    table,
+)
 
 ARMS = ("ours", "stock", "attention")
 WARM_UP = 2
@@ -128,14 +141,7 @@ def train_with_the_stock_stack(checked: Any, callback: Any) -> None:
 
 def main() -> None:
     """Make model and rows, ask the arms in turn, prove ours and the stock stack equal, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="mini", choices=["tiny", "mini"])
-    parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=20, help="rows of a step")
-    parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = asked_for(__doc__, ARMS, repetitions=(7, None), batch=(20, "rows of a step"))
     if given.arm:
         work(given.arm, given.folder, given)
         return
@@ -151,9 +157,7 @@ def main() -> None:
         setup = set_up(load_recipe(recipe("ours", folder, given)))
         length = statistics.mean(len(row["input_ids"]) for row in prepare_data(setup).train)
         anatomy = load_model(str(folder / "model")).anatomy
-        arguments = [f"--preset={given.preset}", f"--repetitions={given.repetitions}", f"--batch={given.batch}"]
-        arguments += [f"--folder={folder}", *(["--checkpointing"] if given.checkpointing else [])]
-        steps = interleave([Arm("benchmarks.sft", arm, arguments) for arm in ARMS], given.repetitions, warm_up=WARM_UP)
+        steps = interleave(arms_of("benchmarks.sft", ARMS, given, folder), given.repetitions, warm_up=WARM_UP)
     # Adam divides by the size of each gradient, so that from the second step on rounding in near-zero ones shows
     demand_equal(steps["ours"], steps["stock"], {"loss": 1e-4, "grad_norm": 1e-3})
 
@@ -174,15 +178,16 @@ def main() -> None:
         f"{given.preset}, {given.batch} rows, {tokens:.0f} tokens a step, float32, checkpointing {given.checkpointing}"
     )
     print(f"{machine()}; routed experts {experts / 1e9:.2f} GB; stock's peak less ours: {saved:.2f} of them\n")
-    print(
-        "| | s a step | stock's time over it | times attention alone | tokens/s | peak GB |\n|---|---|---|---|---|---|"
+    columns = (
+        ("s a step", "seconds", ".2f"),
+        ("stock's time over it", "stock_over_it"),
+        ("times attention alone", "times_attention"),
+        ("tokens/s", "tokens_per_second", ".0f"),
+        ("peak GB", "peak_bytes", ".2f", 1e9),
     )
-    for arm, figure in figures.items():
-        times = f"{figure['seconds']:.2f} | {show(figure['stock_over_it'])} | {show(figure['times_attention'])}"
-        print(f"| {arm} | {times} | {figure['tokens_per_second']:.0f} | {figure['peak_bytes'] / 1e9:.2f} |")
-    settings = {key: getattr(given, key) for key in ("preset", "repetitions", "batch", "checkpointing")}
+    print(table(figures, *columns))
     name = f"sft-{given.preset}-{given.batch}" + ("-checkpointing" if given.checkpointing else "")
-    keep(name, {**settings, "tokens_per_step": tokens, "saved_over_experts": saved, "arms": figures})
+    keep(name, {**settings_of(given), "tokens_per_step": tokens, "saved_over_experts": saved, "arms": figures})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import yaml
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import ernie_align
@@ -117,6 +118,13 @@ def test_help_names_every_verb():
     told = invoke("--help").output
     verbs = ("sft", "lora", "dpo", "upo", "check", "plan", "eval", "report", "generate", "export", "tiny", "schema")
     assert all(verb in told for verb in verbs)
+
+
+@pytest.mark.parametrize("verb", [[], ["data"], ["data", "doctor"], *([name] for name in get_command(app).commands)])
+def test_every_verb_explains_itself(verb):
+    """rich takes square brackets in a help text for markup, and stops at some."""
+    told = invoke(*verb, "--help")
+    assert told.exit_code == 0 and "Usage: " in told.output
 
 
 def test_the_public_names():

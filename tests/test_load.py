@@ -144,6 +144,99 @@ def test_pickled_and_broken_adapters_are_refused(checkpoints, tmp_path):
         load_model(str(tmp_path), dtype="float32")
 
 
+@pytest.fixture(scope="module")
+def saved_adapter(checkpoints, tmp_path_factory):
+    """Of both pools, attention and the dense MLP: wrappers of parameters, and of modules."""
+    from ernie_align.models.adapters import attach
+    from ernie_align.recipe import AdapterBlock
+
+    folder = tmp_path_factory.mktemp("adapter")
+    bundle = load_model(str(checkpoints["vl_moe"]), dtype="float32")
+    attach(bundle, AdapterBlock(scopes=["attention", "dense_mlp", "text_experts", "vision_experts"], rank=2))
+    bundle.model.save_pretrained(folder)
+    return folder
+
+
+def lost(tensors, name):
+    return {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+def strange(tensors, name):
+    return {**tensors, name.replace("layers.2", "layers.9"): tensors[name].clone()}
+
+
+def renamed(tensors, name):
+    return {**lost(tensors, name), name.replace("layers.2", "layers.9"): tensors[name]}
+
+
+def longer(tensors, name):
+    return {**tensors, name: torch.cat([tensors[name]] * 2).contiguous()}
+
+
+@pytest.mark.parametrize(
+    "part", ["self_attn.q_proj.lora_A", "text_moe.experts.lora_B", "vision_moe.experts.base_layer"]
+)
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lost, "1 tensors of the adapter did not reach the model, .*layers.2"),
+        (strange, "1 tensors of the adapter did not reach the model, .*layers.9"),
+        (renamed, "2 tensors of the adapter did not reach the model, .*layers.2"),
+        (longer, "1 tensors are of another shape, .*layers.2"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(harm, message, part, saved_adapter, tmp_path):
+    """PEFT warns of what is lost, draws it at random, and passes over what it does not know."""
+    folder = shutil.copytree(saved_adapter, tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in tensors if "layers.2" in name and part in name)
+    save_file(harm(tensors, name), folder / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(str(folder), dtype="float32")
+    assert str(folder) in caught.value.faults[0].where and "restore the folder" in caught.value.faults[0].fix
+
+
+def test_every_tensor_of_an_adapters_file_is_looked_for(saved_adapter):
+    """Bit for bit: also where PEFT has taken one for another."""
+    from ernie_align.models.experts import prove_loaded
+
+    bundle = load_model(str(saved_adapter), dtype="float32")
+    assert prove_loaded(bundle.model, saved_adapter) == len(load_file(saved_adapter / "adapter_model.safetensors"))
+    with torch.no_grad():
+        next(p for name, p in bundle.model.named_parameters() if "lora_A" in name).add_(1)
+    with pytest.raises(ModelError, match="1 tensors"):
+        prove_loaded(bundle.model, saved_adapter)
+
+
+def test_an_adapter_of_an_older_layout_is_whole(checkpoints, tmp_path):
+    """One LoRA for each expert's matrix, as transformers 4 had them: PEFT fuses them, and none is left over."""
+    bundle = load_model(str(checkpoints["moe"]), dtype="float32")
+    tensors = {}
+    for layer, module in bundle.model.named_modules():
+        if layer.endswith(".experts"):
+            experts, width, hidden = (
+                *module.gate_up_proj.shape[:1],
+                module.down_proj.shape[2],
+                module.down_proj.shape[1],
+            )
+            for expert in range(experts):
+                sizes = {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}
+                for matrix, (ins, outs) in sizes.items():
+                    name = f"base_model.model.{layer}.{expert}.{matrix}"
+                    tensors[f"{name}.lora_A.weight"] = torch.randn(2, ins)
+                    tensors[f"{name}.lora_B.weight"] = torch.randn(outs, 2)
+    targets = ["gate_proj", "up_proj", "down_proj"]
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": targets}
+    config["base_model_name_or_path"] = str(checkpoints["moe"])
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    loaded = load_model(str(tmp_path), dtype="float32").model
+    assert sum(".lora_" in name for name, _ in loaded.named_parameters()) > 0
+    save_file(lost(tensors, next(iter(tensors))), tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="could not be loaded"):
+        load_model(str(tmp_path), dtype="float32")
+
+
 def test_an_adapter_loads_with_the_base_it_names(checkpoints, tmp_path):
     from ernie_align.models.adapters import attach
     from ernie_align.recipe import AdapterBlock

@@ -10,7 +10,7 @@ import torch
 
 from ernie_align.errors import RecipeError
 from ernie_align.models.load import load_model
-from ernie_align.models.vision_once import ImagesOnce, vision_is_frozen
+from ernie_align.models.vision_once import ImagesOnce, encoded_once, vision_is_frozen
 from ernie_align.runs import load_recipe, set_up
 from tests.conftest import batch_with_images, beside, recipe_of, write_rows
 from tests.test_dpo import BOTH_POOLS, preference
@@ -217,13 +217,17 @@ def test_an_image_that_comes_again_is_encoded_once(checkpoints, digits):
         "image_grid_thw": batch["image_grid_thw"][places],
     }
     asked = []
-    bundle.model.model.vision_tower.register_forward_pre_hook(lambda module, args: asked.append(len(args[1])))
+    patches_seen = bundle.model.model.vision_tower.patch_embed
+    patches_seen.register_forward_pre_hook(lambda module, args: asked.append(len(args[0]) // 16))
     with torch.no_grad():
         plain = bundle.model(**again, use_cache=False).logits
         with ImagesOnce(frozen=True).shown(bundle.model):
             once = bundle.model(**again, use_cache=False).logits
-    assert asked == [5, 3]
+        with encoded_once(bundle.model):
+            hooked = bundle.model(**again, use_cache=False).logits
+    assert asked == [5, 3, 3]
     assert torch.allclose(once, plain, atol=1e-5)
+    assert torch.equal(hooked, once)
 
 
 def test_flash_attention_is_refused(checkpoints, pairs, tmp_path):

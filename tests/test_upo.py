@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -218,6 +219,35 @@ def test_the_guard_counts_the_same_vision_tokens_everywhere(checkpoints, mixed_p
     expected = sum(6 * len(example["media"]) for example in batch)
     assert expected > 0
     assert counted == [{expected}] * 3
+
+
+@pytest.mark.parametrize("family", ["vl_moe", "dense"])
+def test_an_image_is_encoded_once_for_all_completions_of_a_rollout(
+    family, checkpoints, mixed_prompts, text_prompts, tmp_path, monkeypatch
+):
+    """And what is drawn is what is drawn when it is encoded for each of them."""
+    from ernie_align.stages import upo_rollouts
+
+    rows = mixed_prompts if family == "vl_moe" else text_prompts
+    trainer = trainer_of(upo_recipe(checkpoints, family, rows, tmp_path / "run"))
+    examples = first_batch(trainer)[::4]
+    trainer.model.eval()
+    asked = []
+    if family == "vl_moe":
+        tower = trainer.model.get_base_model().model.vision_tower
+        tower.patch_embed.register_forward_pre_hook(lambda module, args: asked.append(len(args[0])))
+
+    def draw():
+        torch.manual_seed(0)
+        with torch.no_grad():
+            groups = trainer._sample(examples, 4, looks=False)
+        return [ids for group in groups for ids in group.ids]
+
+    once = draw()
+    monkeypatch.setattr(upo_rollouts, "encoded_once", lambda model: nullcontext())
+    assert draw() == once
+    images = 16 * sum(len(example["media"]) for example in examples)  # of 4 x 4 patches each
+    assert asked == ([images, 4 * images] if family == "vl_moe" else [])
 
 
 @pytest.mark.parametrize("when", ["rollout", "loss"])

@@ -67,7 +67,8 @@ class Collator:
     `rows` (B, 2) and `vision_tokens` () come along for errors and the routing guard: the trainer takes them out before
     the model sees the batch. Which pool a token goes to does not: the backbone derives it.
 
-    row_name: (source, row) -> the row's name, for errors; left: pad on the left, as generation needs it.
+    row_name: (source, row) -> the row's name, for errors; left: pad on the left, as generation needs it;
+    pad_to_multiple_of: T is one of its multiples.
     """
 
     def __init__(
@@ -77,20 +78,21 @@ class Collator:
         image_processor: Any = None,
         row_name: Callable[[int, int], str] = lambda source, row: f"row {row} of source {source}",
         left: bool = False,
+        pad_to_multiple_of: int | None = None,
     ):
         self.pad_token_id = pad_token_id
         self.image_processor = image_processor
         self.row_name = row_name
-        self.left = left
+        self.how = {"left": left, "multiple": pad_to_multiple_of}
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Raises DataError where an image is gone or broken since the row was judged."""
         import torch
 
         batch = {
-            "input_ids": pad([example["input_ids"] for example in examples], self.pad_token_id, left=self.left),
-            "attention_mask": pad([[1] * len(example["input_ids"]) for example in examples], 0, left=self.left),
-            "labels": pad([example["labels"] for example in examples], IGNORED, left=self.left),
+            "input_ids": pad([example["input_ids"] for example in examples], self.pad_token_id, **self.how),
+            "attention_mask": pad([[1] * len(example["input_ids"]) for example in examples], 0, **self.how),
+            "labels": pad([example["labels"] for example in examples], IGNORED, **self.how),
             "rows": torch.tensor([example["rows"] for example in examples]),
             "vision_tokens": torch.tensor(sum(example["vision_tokens"] for example in examples)),
         }
@@ -170,11 +172,12 @@ def pixels_of(
     return {"pixel_values": pixels["pixel_values"], "image_grid_thw": pixels["image_grid_thw"]}
 
 
-def pad(rows: list[list[int]], value: int, *, left: bool = False) -> torch.Tensor:
-    """Rows of different length -> (B, T) int64."""
+def pad(rows: list[list[int]], value: int, *, left: bool = False, multiple: int | None = None) -> torch.Tensor:
+    """Rows of different length -> (B, T) int64. multiple: T is the next one of it, at or over the longest row."""
     import torch
 
     width = max(map(len, rows))
+    width += -width % (multiple or 1)
     padded = torch.full((len(rows), width), value, dtype=torch.long)
     for number, row in enumerate(rows):
         start = width - len(row) if left else 0

@@ -141,7 +141,7 @@ class PairCollator:
 
     `rows` (P, 2) and `vision_tokens` () come along as from Collator; `ref_chosen_logps` and `ref_rejected_logps` (P,)
     where they were computed beforehand.
-    row_name: (source, row) -> the row's name, for errors.
+    row_name: (source, row) -> the row's name, for errors; pad_to_multiple_of: T is one of its multiples.
     """
 
     def __init__(
@@ -150,10 +150,12 @@ class PairCollator:
         *,
         image_processor: Any = None,
         row_name: Callable[[int, int], str] = lambda source, row: f"row {row} of source {source}",
+        pad_to_multiple_of: int | None = None,
     ):
         self.pad_token_id = pad_token_id
         self.image_processor = image_processor
         self.row_name = row_name
+        self.multiple = pad_to_multiple_of
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Raises DataError where an image is gone or broken since the row was judged."""
@@ -163,9 +165,9 @@ class PairCollator:
         ids = [[*example["prompt_ids"], *example[f"{side}_ids"]] for example, side in sides]
         masks = [[0] * len(example["prompt_ids"]) + [*example[f"{side}_mask"]] for example, side in sides]
         batch = {
-            "input_ids": pad(ids, self.pad_token_id),
-            "attention_mask": pad([[1] * len(row) for row in ids], 0),
-            "completion_mask": pad(masks, 0),
+            "input_ids": pad(ids, self.pad_token_id, multiple=self.multiple),
+            "attention_mask": pad([[1] * len(row) for row in ids], 0, multiple=self.multiple),
+            "completion_mask": pad(masks, 0, multiple=self.multiple),
             "rows": torch.tensor([example["rows"] for example in examples]),
             "vision_tokens": torch.tensor(sum(example["vision_tokens"] for example in examples)),
         }
@@ -193,8 +195,8 @@ class SharedPromptCollator(PairCollator):
                 # without a prompt nothing predicts the first token: it counts, and is not compared
                 masks.append([0, first, *others] if example["prompt_ids"] else [first, 0, *others])
         batch = {
-            "input_ids": pad(ids, self.pad_token_id),
-            "attention_mask": pad([[1] * len(row) for row in ids], 0),
+            "input_ids": pad(ids, self.pad_token_id, multiple=self.multiple),
+            "attention_mask": pad([[1] * len(row) for row in ids], 0, multiple=self.multiple),
             "parts": torch.tensor([[len(example[name]) for name in names] for example in examples]),
             "completion_mask": pad(masks, 0),
             "rows": torch.tensor([example["rows"] for example in examples]),

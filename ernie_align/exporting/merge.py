@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-
-from ernie_align.errors import ExportError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -14,27 +11,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Accumulate = Literal["float32", "native"]
-
-
-def prove_loaded(model: PeftModel, folder: Path) -> int:
-    """Every tensor of the adapter's file is in the model, bit for bit. Their number.
-
-    PEFT only warns where tensors of a file fit nowhere, or where an adapted layer finds none. Raises ExportError.
-    """
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    held = get_peft_model_state_dict(model)
-    kept = load_file(folder / "adapter_model.safetensors")
-    odd = sorted(
-        name
-        for name in held.keys() | kept.keys()
-        if name not in held or name not in kept or not held[name].cpu().equal(kept[name].to(held[name].dtype))
-    )
-    if odd:
-        what = f"{len(odd)} of {len(kept)} tensors of the adapter did not reach the model, {odd[0]} among them"
-        raise ExportError.at(str(folder), what, fix="use the base and the version of peft that it was trained with")
-    return len(kept)
 
 
 def merge(model: PeftModel, *, accumulate: Accumulate = "float32") -> PreTrainedModel:

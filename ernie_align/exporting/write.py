@@ -16,7 +16,7 @@ from ernie_align.errors import AlignError, ExportError
 from ernie_align.evaluation.generate import renderer_of
 from ernie_align.exporting.card import card
 from ernie_align.exporting.hub import check_push, push_folder
-from ernie_align.exporting.merge import Accumulate, digests, merge, prove_loaded
+from ernie_align.exporting.merge import Accumulate, digests, merge
 from ernie_align.exporting.origin import Origin
 from ernie_align.exporting.prompts import Prompts, choose
 from ernie_align.exporting.proof import BOUNDS, Bound, Difference, Said, ask, compare, exceeds
@@ -55,8 +55,8 @@ def export(
     adapter the adapter alone in PEFT's format; shard_size: of the weight files; accumulate: see merge; dtype: of the
     merged weights, `auto` for the base's own; bound: instead of that of proof.BOUNDS; push: hub repository to upload
     the finished folder to; say: told each line of progress.
-    Raises ExportError where `to` exists, where the adapter did not load whole, where what was written says something
-    else than the source beyond the bound, or where the upload fails (the folder then stays).
+    Raises ExportError where `to` exists, where what was written says something else than the source beyond the bound,
+    or where the upload fails (the folder then stays); ModelError where the adapter does not load whole.
     """
     folder = Path(to)
     if folder.exists() or folder.is_symlink():
@@ -120,8 +120,6 @@ class _Making:
         own_dtype = str(next(bundle.model.parameters()).dtype).removeprefix("torch.")
         prompts = choose(origin.recipe, renderer_of(bundle, thinking=thinking))
         self.say(f"comparing on {prompts}")
-        if origin.is_adapter:
-            prove_loaded(bundle.model, origin.files.folder)
         before, without = ask(bundle, prompts.rows, thinking=thinking), None
         if origin.is_adapter:
             with bundle.model.disable_adapter():
@@ -130,9 +128,7 @@ class _Making:
         del bundle
         gc.collect()  # modules and hooks refer to one another, and there may be no room for a second model
         written = _load(str(self.folder), own_dtype)
-        if self.what == "adapter":
-            prove_loaded(written.model, self.folder)
-        elif digests(written.model) != wanted:
+        if self.what == "merged" and digests(written.model) != wanted:
             fix = "this is a fault of the toolkit, of transformers or of the disk: report it"
             raise ExportError.at(str(self.folder), "the weights read back are not those that were written", fix=fix)
         after: Said = ask(written, prompts.rows, thinking=thinking)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners import lora
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
@@ -28,6 +30,8 @@ from ernie_align.models.grouped import LowRank, low_rank_experts
 # Kernels of transformers' experts that grouped products stand in for: the default, and the one that generation
 # switches to on a GPU. Whoever asks for another one gets it, with PEFT's weights in it.
 _KERNELS = ("grouped_mm", "batched_mm")
+_WEIGHTS = "adapter_model.safetensors"
+_WRONG_BASE = "restore the folder, or use the base and the version of peft that it was trained with"
 
 
 def with_grouped_experts(config: LoraConfig) -> LoraConfig:
@@ -39,18 +43,53 @@ def with_grouped_experts(config: LoraConfig) -> LoraConfig:
 def load_adapter(model: nn.Module, path: str, *, is_trainable: bool = False, revision: str | None = None) -> PeftModel:
     """PeftModel.from_pretrained, with our wrapper where the adapter is a LoRA. Raises what PEFT raises.
 
-    Raises ModelError for weights that are broken, or in any format but safetensors: PEFT would read a pickle.
+    Raises ModelError for weights that are broken, of which any finds no place in the model or any place finds none, or
+    in any format but safetensors: PEFT would read a pickle.
     """
     revision = revision or "main"
-    CheckpointFiles(path, revision).need("adapter_model.safetensors")
+    files = CheckpointFiles(path, revision)
+    files.need(_WEIGHTS)
     config = PeftConfig.from_pretrained(path, revision=revision)
     if isinstance(config, LoraConfig):
         with_grouped_experts(config)
     try:
-        loaded = PeftModel.from_pretrained(model, path, config=config, is_trainable=is_trainable, revision=revision)
-        return names_in_order(loaded)
-    except SafetensorError as error:
-        raise ModelError.at(path, f"the adapter could not be loaded: {error}", fix="restore the folder") from error
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below, as an error
+            loaded = PeftModel.from_pretrained(model, path, config=config, is_trainable=is_trainable, revision=revision)
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, RuntimeError) as error:  # torch's lists the tensors of another shape
+        lines = str(error).splitlines()
+        odd = [line.strip() for line in lines if "size mismatch for" in line]
+        what = f"{len(odd)} tensors are of another shape, {odd[0]}" if odd else lines[0]
+        raise ModelError.at(path, f"the adapter could not be loaded: {what}", fix=_WRONG_BASE) from error
+    prove_loaded(loaded, files.folder)
+    return names_in_order(loaded)
+
+
+def prove_loaded(model: PeftModel, folder: Path) -> int:
+    """Every tensor of the adapter's file is in the model, bit for bit, and no adapted layer is without. Their number.
+
+    PEFT only warns where a layer finds none, and says nothing of tensors that fit nowhere. It also renames, and fuses,
+    what older versions wrote, so it is asked to load the file once more: nothing is left over, and nothing changes.
+    Raises ModelError.
+    """
+    (adapter,) = model.active_adapters
+    kept = load_file(folder / _WEIGHTS)
+    held = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model, adapter_name=adapter).items()}
+    told = set_peft_model_state_dict(model, kept, adapter_name=adapter)
+    missing = [name.replace(f".{adapter}", "") for name in told.missing_keys if adapter in name.split(".")]
+    again = get_peft_model_state_dict(model, adapter_name=adapter)
+    changed = [name for name, tensor in held.items() if not _bits(tensor).equal(_bits(again[name]))]
+    odd = sorted({*missing, *told.unexpected_keys, *changed})
+    if odd:
+        what = f"{len(odd)} tensors of the adapter did not reach the model, {odd[0]} among them; its file holds "
+        raise ModelError.at(str(folder), what + str(len(kept)), fix=_WRONG_BASE)
+    return len(kept)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)  # a NaN is no number, and the same bits
 
 
 def names_in_order(model: PeftModel) -> PeftModel:

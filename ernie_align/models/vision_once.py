@@ -2,6 +2,7 @@
 
 transformers takes finished image features in place of pixels (`mm_encoder_outputs`): they are put there by a hook on
 the backbone, so within its forward, where autocast, gathered shards and recomputation are as they are for any layer.
+`generate` asks for features before that forward: there the hooks are on tower and resampler.
 """
 
 from __future__ import annotations
@@ -72,21 +73,63 @@ class ImagesOnce:
         """Of each image (tokens, H)."""
         if self._kept is not None and _same(self._kept[0], pixel_values) and _same(self._kept[1], grid):
             return self._kept[2]
-        images = pixel_values.split(grid.prod(dim=-1).tolist())
-        first = _first_alike(images, grid)
-        distinct = sorted(set(first))
-        pixels = pixel_values if len(distinct) == len(images) else torch.cat([images[place] for place in distinct])
+        pixels, sizes, order = _distinct(pixel_values, grid)
         with torch.no_grad() if self.frozen else nullcontext():
-            found = backbone.get_image_features(pixels, grid[distinct], return_dict=True).pooler_output
-        features = tuple(found[distinct.index(place)] for place in first)
+            found = backbone.get_image_features(pixels, sizes, return_dict=True).pooler_output
+        features = tuple(found[place] for place in order)
         # where weights are spread over processes, a tower that one of them left out would leave the others waiting
         if self.frozen and not are_shared_out(backbone.vision_tower, backbone.resampler_model):
             self._kept = pixel_values, grid, features
         return features
 
 
+@contextmanager
+def encoded_once(model: nn.Module) -> Iterator[None]:
+    """While it lasts, images that are alike go through tower and resampler once in each call for their features,
+    whoever asks. The caller is handed the features of every one, so `generate` never knows. Nothing is done to a text
+    model."""
+    backbone = backbone_of(model)
+    if not hasattr(backbone, "vision_tower"):
+        yield
+        return
+    tower, resampler = backbone.vision_tower, backbone.resampler_model
+    asked: list[tuple[Tensor, list[int]]] = []  # of the call under way: sizes of its distinct images, and their order
+
+    def distinct(_: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        pixels, sizes, order = _distinct(*args)
+        asked[:] = [(sizes, order)]
+        return pixels, sizes
+
+    def of_distinct(_: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return args[0], asked[0][0]
+
+    def of_all(_: nn.Module, args: tuple[Tensor, Tensor], features: Tensor) -> Tensor:
+        sizes, order = asked.pop()
+        found = features.split((sizes.prod(dim=-1) // tower.spatial_merge_size**2).tolist())
+        return torch.cat([found[place] for place in order])
+
+    handles = [tower.register_forward_pre_hook(distinct), resampler.register_forward_pre_hook(of_distinct)]
+    handles.append(resampler.register_forward_hook(of_all))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _same(kept: Tensor, given: Tensor) -> bool:
     return kept is given or torch.equal(kept, given)
+
+
+def _distinct(pixels: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """pixels (patches, C·P²) and grid (n, 3) of the images without those that come again, and of each of the n its
+    place among them."""
+    images = pixels.split(grid.prod(dim=-1).tolist())
+    first = _first_alike(images, grid)
+    kept = sorted(set(first))
+    if len(kept) < len(images):
+        pixels = torch.cat([images[place] for place in kept])
+    return pixels, grid[kept], [kept.index(place) for place in first]
 
 
 def _first_alike(images: Sequence[Tensor], grid: Tensor) -> list[int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ernie_align.errors import RecipeError
 from ernie_align.recipe import Recipe, SourceBlock
+from ernie_align.recipe.schema import fault
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -114,6 +115,20 @@ class Stage:
     beside: Callable[[Any, Renderer], dict[str, Beside]] = nothing_beside
     tried: Callable[[Any, Anatomy, dict[str, Any]], list[str]] = nothing_to_try
     layout: Callable[[Any, list[int] | None], list[str]] = one_row_each
+
+
+def judge_padding(training: Mapping[str, Any], *, flat: bool = False) -> None:
+    """Of training.pad_to_multiple_of, which TRL takes as a number, as its text, `auto` or `none`. Raises a fault where
+    it is no number to pad to, or, with `flat`, where no row is padded."""
+    multiple = training.get("pad_to_multiple_of")
+    if not isinstance(multiple, (int, str)) or multiple == "auto" or str(multiple).lower() in ("none", "null"):
+        return
+    if flat:
+        what, why = f"pad_to_multiple_of {multiple} without padding", "rows are laid end to end"
+        raise fault("training", what, why=why, fix="drop it, or drop packing and padding_free")
+    if not str(multiple).isdecimal() or int(multiple) == 0:
+        what = f"pad_to_multiple_of {multiple} is no length"
+        raise fault("training", what, fix="set a whole number over 0, or drop it")
 
 
 def trl_config(cls: type, recipe: Recipe, *, output_dir: str, **owned: Any) -> Any:

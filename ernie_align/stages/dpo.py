@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 from ernie_align.data.pairs import PairCollator, PairEncoder, SharedPromptCollator
 from ernie_align.recipe import Block
 from ernie_align.recipe.schema import fault
-from ernie_align.stages.base import OWNED_BY_EVERY_STAGE, Batches, Stage, trl_config
+from ernie_align.stages.base import OWNED_BY_EVERY_STAGE, Batches, Stage, judge_padding, trl_config
 from ernie_align.stages.policy import PolicyRecipe, frozen_model, scope, stored_reference, wrap
 from ernie_align.stages.upstream import DPO_CONFIG, training_model
 
@@ -163,6 +163,11 @@ class DpoRecipe(PolicyRecipe):
         return self
 
     @model_validator(mode="after")
+    def _rows_are_padded_to_a_multiple(self) -> DpoRecipe:
+        judge_padding(self.training)
+        return self
+
+    @model_validator(mode="after")
     def _kept_reference_is_of_rows(self) -> DpoRecipe:
         if self.dpo.reference == "precomputed" and self.data.streaming:
             raise fault(
@@ -238,7 +243,10 @@ def _build_trainer(
         ref_model=frozen_model(recipe, bundle) if _has_own_reference(recipe) else None,
         args=config,
         data_collator=collator(
-            bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor, row_name=batches.row_name
+            bundle.tokenizer.pad_token_id,
+            image_processor=bundle.image_processor,
+            row_name=batches.row_name,
+            pad_to_multiple_of=config.pad_to_multiple_of,
         ),
         train_dataset=batches.train,
         eval_dataset=batches.eval,

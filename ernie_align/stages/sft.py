@@ -15,7 +15,7 @@ from ernie_align.models.adapters import attach, unfreeze
 from ernie_align.models.scopes import adapter_targets, tuned_tensors
 from ernie_align.recipe import AdapterBlock, Recipe, TuneBlock
 from ernie_align.recipe.schema import fault
-from ernie_align.stages.base import OWNED_BY_EVERY_STAGE, Batches, Stage, trl_config
+from ernie_align.stages.base import OWNED_BY_EVERY_STAGE, Batches, Stage, judge_padding, trl_config
 from ernie_align.stages.upstream import SFT_CONFIG, training_model
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ class _Supervised(Recipe):
     def _a_strategy_has_packs(self) -> _Supervised:
         if self.training.get("packing_strategy") and not self.training.get("packing"):
             raise fault("training", "packing_strategy without packing", fix="set training.packing: true, or drop it")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_are_padded_to_a_multiple(self) -> _Supervised:
+        judge_padding(self.training, flat=is_flat(self))
         return self
 
 
@@ -121,7 +126,7 @@ def _build_trainer(
         collator: Any = FlatCollator(batches.train, **images)
         attend_by_document(bundle.model)
     else:
-        collator = Collator(bundle.tokenizer.pad_token_id, **images)
+        collator = Collator(bundle.tokenizer.pad_token_id, pad_to_multiple_of=config.pad_to_multiple_of, **images)
     if recipe.training.get("packing"):
         packed = pack_stream if recipe.data.streaming else pack
         train = packed(batches.train, recipe.data.max_length, seed=recipe.run.seed)

@@ -21,7 +21,7 @@ from ernie_align.data import media
 from ernie_align.data.collate import pixels_of
 from ernie_align.models.modality import mm_token_type_ids, moe_mm_token_type_ids
 from ernie_align.models.routing import expert_flips, record_experts
-from ernie_align.models.vision_once import ImagesOnce
+from ernie_align.models.vision_once import encoded_once
 from ernie_align.rewards import Reward
 from ernie_align.rewards.completion import message
 from ernie_align.rewards.normalize import advantages
@@ -149,7 +149,7 @@ class RolloutTrainer(WatchedTrainer):
         base = base.get_base_model() if hasattr(base, "peft_config") else base
         with (
             nullcontext() if self.use_vllm else self.watch.forward(self._vision_tokens(fields)),
-            ImagesOnce(frozen=self.vision_is_frozen).shown(base),
+            encoded_once(base),  # the image of a group
             record_experts(base) if looks else nullcontext({}) as experts,
             sampled_logps(base, self.temperature) if looks else nullcontext([]) as drawn,
         ):

@@ -115,6 +115,9 @@ def test_what_shared_prompts_and_images_once_lean_on():
 
     assert "mm_encoder_outputs" in inspect.signature(Ernie4_5_VLMoeModel.forward).parameters
     assert 'mm_encoder_outputs["image"].pooler_output' in inspect.getsource(Ernie4_5_VLMoeModel.forward)
+    features = inspect.getsource(Ernie4_5_VLMoeModel.get_image_features)  # what generate calls, before the backbone
+    assert "self.vision_tower(pixel_values, image_grid_thw, **kwargs)" in features
+    assert "self.resampler_model(image_outputs.last_hidden_state, image_grid_thw)" in features
     asked = {"input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask"}
     assert asked <= set(inspect.signature(Ernie4_5_VLMoeModel.get_rope_index).parameters)
     assert "len(attention_mask.shape) == 4" in inspect.getsource(masking_utils)  # such a mask is taken as it is

@@ -1,0 +1,41 @@
+"""A verb for each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from ernie_align.cli.arguments import Overrides, RecipePath
+from ernie_align.runs import load_recipe
+from ernie_align.runs.launch import launch as start_processes
+from ernie_align.stages import Stage
+
+
+def train(stage: Stage) -> Callable[..., None]:
+    """The verb of a stage."""
+
+    def verb(
+        recipe: RecipePath,
+        overrides: Overrides = None,
+        resume: Annotated[
+            bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in run.dir.")
+        ] = False,
+        launch: Annotated[
+            str | None,
+            typer.Option(metavar="PROFILE", help="Run on several processes: a name or file of recipes/accelerate."),
+        ] = None,
+        processes: Annotated[int | None, typer.Option(min=1, help="Of --launch; otherwise the profile's.")] = None,
+    ) -> None:
+        import ernie_align
+
+        checked = load_recipe(recipe, overrides=overrides or (), stage=stage.name)
+        if launch is not None:
+            arguments = [stage.name, str(recipe), *(overrides or ()), *(["--resume"] if resume else [])]
+            raise typer.Exit(start_processes(launch, processes, arguments))
+        if processes is not None:
+            raise typer.BadParameter("say how they share the work with --launch", param_hint="--processes")
+        ernie_align.run(checked, resume=resume)
+
+    return verb
