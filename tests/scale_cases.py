@@ -23,7 +23,9 @@ from tests.conftest import ROOT, logged, recipe_of, run_quietly, write_rows
 
 A_STEP = 4  # examples, of all processes
 GENERATIONS = 4
-PARALLEL = {"ep": Parallel(experts=2), "tp": Parallel(tensor=2), "tp+ep": Parallel(tensor=2, experts=2)}
+END = 2  # of the tiny tokenizer
+_some_end_at_once = False  # whether the completions of the second half of a step's prompts are empty
+PARALLEL = {"ep": Parallel(experts=2), "tp": Parallel(tensor=2, experts=2)}
 SCOPES = ("attention", "dense_mlp", "shared_experts", "text_experts", "vision_experts")
 SCOPES += ("text_router", "vision_router", "vision_tower", "resampler")
 VISION = ["vision_experts", "vision_router", "vision_tower", "resampler"]
@@ -94,13 +96,13 @@ def recipe(case: str, folder: Path, model: Path, processes: int, steps: int, res
     made = recipe_of(stage, model, rows.with_suffix(".jsonl"), run_dir(case, folder, processes, resume))
     made["training"] |= {
         "max_steps": steps,
-        "per_device_train_batch_size": A_STEP // processes,
+        "per_device_train_batch_size": A_STEP // (processes // (2 if sharing == "tp" and processes > 1 else 1)),
         "train_sampling_strategy": "sequential",
         "gradient_checkpointing": what.endswith("checkpointing"),
         "learning_rate": 3e-4,
-        # Adam divides a gradient by its own size: one of 1e-8 that is nothing but rounding moves its weight by the whole
-        # learning rate, either way, and the next step's experts that all but tie turn. From 1e-5 up, gradients here are
-        # well above their rounding (6e-8 at most).
+        # Adam divides a gradient by its own size: one of 1e-8 that is nothing but rounding moves its weight by the
+        # whole learning rate, either way, and the next step's experts that all but tie turn. From 1e-5 up, gradients
+        # here are well above their rounding (6e-8 at most).
         "adam_epsilon": 1e-5,
     }
     if what.endswith("+streaming"):
@@ -145,9 +147,13 @@ def draw_by_place(probabilities: Any, num_samples: int) -> Any:
     batch from one stream of numbers, so that a rollout dealt to two processes would be another one."""
     import torch
 
-    place = torch.arange(len(probabilities)) % GENERATIONS
-    quantile = (place[:, None] + 0.5) / GENERATIONS
-    return (probabilities.cumsum(dim=-1) < quantile).sum(dim=-1, keepdim=True)
+    row = torch.arange(len(probabilities))
+    quantile = (row[:, None] % GENERATIONS + 0.5) / GENERATIONS
+    drawn = (probabilities.cumsum(dim=-1) < quantile).sum(dim=-1, keepdim=True)
+    if _some_end_at_once:
+        row += len(row) * int(os.environ.get("RANK", 0))
+        drawn[row >= A_STEP * GENERATIONS // 2] = END
+    return drawn
 
 
 FSDP2 = {
@@ -161,22 +167,22 @@ FSDP2 = {
 
 
 @contextmanager
-def sharded_on_the_cpu() -> Iterator[None]:
-    """Accelerate takes FSDP for DDP where there is no accelerator, and says nothing. All the rest of it works on gloo
-    as on NCCL, once its state says that the processes have GPUs."""
+def gpus_on_the_cpu(**environment: str) -> Iterator[None]:
+    """Accelerate takes FSDP for DDP where there is no accelerator, and says nothing, and refuses tensor parallelism
+    there. All the rest of it works on gloo as on NCCL, once its state says that the processes have GPUs."""
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
     stock = PartialState._prepare_backend
     PartialState._reset_state()
     PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
-    os.environ.update(FSDP2 | {"ACCELERATE_TORCH_DEVICE": "cpu"})
+    os.environ.update(environment | {"ACCELERATE_TORCH_DEVICE": "cpu"})
     try:
         yield
     finally:
         PartialState._prepare_backend = stock
         PartialState._reset_state()
-        for name in (*FSDP2, "ACCELERATE_TORCH_DEVICE", "FSDP_TRANSFORMER_CLS_TO_WRAP"):
+        for name in (*environment, "ACCELERATE_TORCH_DEVICE", "FSDP_TRANSFORMER_CLS_TO_WRAP"):
             os.environ.pop(name, None)
 
 
@@ -209,11 +215,15 @@ def launch(
 
 def run_case(case: str, folder: Path, model: Path, steps: int, *, resume: bool = False) -> None:
     """One case in this process, which is one of several or the only one."""
+    global _some_end_at_once
     import torch
 
+    _some_end_at_once = case.endswith("+early")
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    parallel = PARALLEL.get(case.rpartition(":")[0]) if processes > 1 else None
-    with sharded_on_the_cpu() if case.startswith("fsdp2:") and processes > 1 else nullcontext():
+    sharing = case.rpartition(":")[0] if processes > 1 else ""
+    parallel = PARALLEL.get(sharing)
+    ways = {"fsdp2": gpus_on_the_cpu(**FSDP2), "tp": gpus_on_the_cpu()}
+    with ways.get(sharing, nullcontext()):
         run_quietly(recipe(case, folder, model, processes, steps, resume), resume=resume, parallel=parallel)
         if case.startswith("fsdp2:") and processes > 1:
             from accelerate.state import AcceleratorState

@@ -73,7 +73,7 @@ def test_fsdp_that_would_be_ddp_is_refused(checkpoints, monkeypatch):
 
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RunError, match="FSDP was asked for, and Accelerate makes NO of it on cpu"):
-        prepare_processes(PartialState(), anatomy, adapters=False, where="model.name")
+        prepare_processes(PartialState(), anatomy, stage="sft", adapters=False, where="model.name")
 
 
 def test_slurm_script_is_sound_shell():

@@ -102,11 +102,10 @@ def _by_position(calls: list[Tensor], own: Tensor) -> Tensor:
     """What a router chose, call by call -> (B, T, k), -1 where it was not asked. own (B, T): tokens of its pool."""
     first, *decoded = calls
     placed = first.new_full((*own.shape, first.shape[-1]), -1)
-    width = own.shape[1]
-    if len(first) != int(own.sum()):
-        width -= 1 + len(decoded)
+    width = int((own.sum(dim=0).cumsum(dim=0) <= len(first)).sum())  # of what the first call was about
     placed[:, :width][own[:, :width]] = first
-    for column, chosen in enumerate(decoded, start=width):
+    # a process that is done goes on decoding while others are not, if their weights are spread: of nobody's tokens
+    for column, chosen in zip(range(width, own.shape[1]), decoded, strict=False):
         placed[:, column] = chosen
     return placed
 

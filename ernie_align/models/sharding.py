@@ -31,11 +31,12 @@ class Parallel:
     tensor: int = 1
     experts: int = 1
 
-    def judge(self, anatomy: Anatomy, processes: int, *, where: str, adapters: bool) -> None:
+    def judge(self, anatomy: Anatomy, processes: int, *, stage: str, adapters: bool, where: str) -> None:
         """Raises RunError where the processes cannot be dealt out so, ModelError where this model cannot.
 
-        where: what an error about the model should point at; adapters: whether they are what is trained.
+        adapters: whether they are what is trained; where: what an error about the model should point at.
         """
+        pools = {tensor.shape[0] for tensor in anatomy.tensors if tensor.kind == "fused"}
         in_groups = self.experts == 1 or self.experts % self.tensor == 0
         if processes % self.tensor or processes % self.experts or not in_groups:
             what = f"{processes} processes cannot be dealt out, {self.tensor} to a matrix and {self.experts} to a pool"
@@ -44,7 +45,12 @@ class Parallel:
         if self.tensor > 1 and adapters:
             fix = "leave --tensor-parallel out: --expert-parallel works with adapters"
             raise RunError.at("--tensor-parallel", "adapters on matrices that are cut are not supported", fix=fix)
-        pools = {tensor.shape[0] for tensor in anatomy.tensors if tensor.kind == "fused"}
+        if self.tensor > 1 and stage not in ("sft", "lora"):
+            fix = "leave --tensor-parallel out, or train by stage: sft"
+            raise RunError.at("--tensor-parallel", f"stage {stage} on matrices that are cut is not supported", fix=fix)
+        if self.tensor > 1 and pools and self.experts == 1:
+            fix = f"deal the experts out as well: --expert-parallel {self.tensor}, or a multiple of it"
+            raise RunError.at("--tensor-parallel", "experts whose matrices are cut cannot be checkpointed", fix=fix)
         if self.experts > 1 and not pools:
             raise ModelError.at(where, "the model has no routed experts", fix="leave --expert-parallel out")
         odd = [experts for experts in pools if experts % self.experts]

@@ -22,7 +22,13 @@ def asked_for() -> str | None:
 
 
 def prepare_processes(
-    state: PartialState, anatomy: Anatomy, *, adapters: bool, where: str, parallel: Parallel | None = None
+    state: PartialState,
+    anatomy: Anatomy,
+    *,
+    stage: str,
+    adapters: bool,
+    where: str,
+    parallel: Parallel | None = None,
 ) -> None:
     """Before anything is loaded: refuse what cannot be or what Accelerate would take for something else, and say how
     the family is cut.
@@ -32,7 +38,7 @@ def prepare_processes(
     """
     asked, units = asked_for(), UNITS[anatomy.family]
     if parallel:
-        parallel.judge(anatomy, state.num_processes, where=where, adapters=adapters)
+        parallel.judge(anatomy, state.num_processes, stage=stage, adapters=adapters, where=where)
         if asked:
             what = f"{asked} was asked for beside it, and both would share out the same weights"
             raise RunError.at("--tensor-parallel, --expert-parallel", what, fix="launch with ddp, ddp_nodes or cpu")

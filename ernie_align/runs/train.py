@@ -83,12 +83,13 @@ def run(recipe: Recipe, *, resume: bool = False, parallel: Parallel | None = Non
     setup = set_up(recipe)
     recipe = setup.recipe
     adapters = getattr(recipe, "adapter", None) is not None
-    prepare_processes(state, setup.anatomy, adapters=adapters, where=recipe.model.where("name"), parallel=parallel)
+    where = recipe.model.where("name")
+    prepare_processes(state, setup.anatomy, stage=recipe.stage, adapters=adapters, where=where, parallel=parallel)
     config = setup.stage.configure(recipe, recipe.run.dir)  # what TRL refuses is refused before anything is made
     with listening(directory) as signals:
         try:
             processes = Processes(timeout_of(recipe))
-            _begin_together(directory, recipe, config, reporter, resume=resume, processes=processes)
+            _begin_together(directory, recipe, config, reporter, resume=resume, parallel=parallel, processes=processes)
             if directory.final.exists():
                 reporter.say(f"{directory.path} is finished already")
                 return RunResult(directory.path, directory.final, {}, directory.facts().get("text_unchanged"))
@@ -99,13 +100,20 @@ def run(recipe: Recipe, *, resume: bool = False, parallel: Parallel | None = Non
 
 
 def _begin_together(
-    directory: RunDirectory, recipe: Recipe, config: Any, reporter: Reporter, *, resume: bool, processes: Processes
+    directory: RunDirectory,
+    recipe: Recipe,
+    config: Any,
+    reporter: Reporter,
+    *,
+    resume: bool,
+    parallel: Parallel | None,
+    processes: Processes,
 ) -> None:
     """The first process takes the folder. Where it cannot, none goes on to wait for it."""
     fault: AlignError | None = None
     if processes.is_first:
         try:
-            _begin(directory, recipe, reporter, resume=resume, examples_a_step=_examples_a_step(config))
+            _begin(directory, recipe, reporter, resume=resume, examples_a_step=_examples_a_step(config, parallel))
         except AlignError as error:
             fault = error
     may_begin = processes.of_first(fault is None)
@@ -179,8 +187,9 @@ def _train(
     trainer = stop.trainer = setup.stage.build_trainer(recipe, config, bundle, batches, callbacks)
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict
     reporter.say(prove_processes(trainer.accelerator, trainer.model))
-    reporter.say(_pace(config, "packs" if recipe.training.get("packing") else "examples"))
-    repeated = _repeated(config, trainer.train_dataset)
+    kind = "packs" if recipe.training.get("packing") else "examples"
+    reporter.say(_pace(config, f"{_examples_a_step(config, parallel)} {kind}"))
+    repeated = _repeated(config, parallel, trainer.train_dataset)
     if repeated:
         reporter.say(f"the last batches of an epoch see {repeated} examples again, so that all processes have as many")
     probe = _first_text_logits(setup, bundle, directory, is_main)
@@ -215,25 +224,30 @@ def _train(
     return RunResult(directory.path, directory.final, metrics, unchanged)
 
 
-def _examples_a_step(config: Any) -> int:
+def _batches(config: Any, parallel: Parallel | None) -> int:
+    """Processes that have batches of their own: neighbours between which matrices are cut share one."""
+    return config.world_size // (parallel.tensor if parallel else 1)
+
+
+def _examples_a_step(config: Any, parallel: Parallel | None) -> int:
     """Of all processes."""
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * _batches(config, parallel)
 
 
-def _pace(config: Any, examples: str) -> str:
-    """What the steps are, most of it often TRL's defaults. examples: what the trainer's examples are called."""
-    size = _examples_a_step(config)
+def _pace(config: Any, of_a_step: str) -> str:
+    """What the steps are, most of it often TRL's defaults. of_a_step: how many examples, and what they are called."""
     length = f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs:g} epochs"
     checkpointing = "on" if config.gradient_checkpointing else "off"
     rate = f"learning rate {config.learning_rate:g}, {config.lr_scheduler_type.value!s}"
-    return f"{length} of {size} {examples}, {rate}, gradient checkpointing {checkpointing}"
+    return f"{length} of {of_a_step}, {rate}, gradient checkpointing {checkpointing}"
 
 
-def _repeated(config: Any, examples: Any) -> int:
+def _repeated(config: Any, parallel: Parallel | None, examples: Any) -> int:
     """Examples that fill the last batches of an epoch, of several processes, to one size."""
-    if config.world_size == 1 or config.dataloader_drop_last or not hasattr(examples, "__len__"):
+    batches = _batches(config, parallel)
+    if batches == 1 or config.dataloader_drop_last or not hasattr(examples, "__len__"):
         return 0
-    return -len(examples) % (config.per_device_train_batch_size * config.world_size)
+    return -len(examples) % (config.per_device_train_batch_size * batches)
 
 
 def _where_to_go_on(directory: RunDirectory, reporter: Reporter, processes: Processes) -> Path | None:

@@ -17,7 +17,8 @@ def fresh_rows(accelerator: Accelerator, rows: int) -> int:
     state = accelerator.gradient_state
     if not state.end_of_dataloader or state.remainder <= 0:
         return rows
-    return min(max(state.remainder - accelerator.process_index * rows, 0), rows)
+    neighbours = accelerator.parallelism_config.tp_size if accelerator.parallelism_config else 1  # that share a batch
+    return min(max(state.remainder - accelerator.process_index // neighbours * rows, 0), rows)
 
 
 def over_processes(metrics: Mapping[str, list[float]]) -> dict[str, list[float]]:

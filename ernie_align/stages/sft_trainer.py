@@ -43,14 +43,23 @@ class SupervisedTrainer(ShardedTrainer, SFTTrainer):
         vision_tokens = self.watch.take(inputs)
         if not self.model.training:
             inputs["labels"][fresh_rows(self.accelerator, len(inputs["labels"])) :] = IGNORED
+        scoring = scoring_labels(model, backbone_of(self.accelerator.unwrap_model(self.model)))
+        right = torch.zeros(())
+
+        def scored(**given: Any) -> Any:
+            nonlocal right
+            outputs = scoring(**given)
+            if "fused_lm_head" in given:
+                right = outputs.is_top1.sum()
+            return outputs
+
         with self.watch.forward(vision_tokens, inputs["input_ids"].numel()):
-            scored = scoring_labels(model, backbone_of(self.accelerator.unwrap_model(self.model)))
             result = super().compute_loss(scored, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         self.watch.finite(loss.detach(), "loss", self.state.global_step + 1)
         loss = self.watch.anchored(loss, self.model)
         if not self.model.training:
-            self._count_evaluated(loss.detach(), inputs["labels"])
+            self._count_evaluated(loss.item(), right.item(), inputs["labels"])
             self.watch.step_done()
         return (loss, *result[1:]) if return_outputs else loss
 
@@ -60,10 +69,9 @@ class SupervisedTrainer(ShardedTrainer, SFTTrainer):
         self.watch.gradient(norm, self.state.global_step + 1, self.model)
         return norm
 
-    def _count_evaluated(self, loss: torch.Tensor, labels: torch.Tensor) -> None:
+    def _count_evaluated(self, loss: float, right: float, labels: torch.Tensor) -> None:
         tokens = (labels[:, 1:] != IGNORED).sum().item()
-        accuracy = self._metrics["eval"]["mean_token_accuracy"][-1]
-        self._eval_sums += torch.tensor([loss.item() * tokens, accuracy * tokens, tokens], dtype=torch.float64)
+        self._eval_sums += torch.tensor([loss * tokens, right, tokens], dtype=torch.float64)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log. Of an evaluation, loss and accuracy are means over tokens, not means over batches of means."""
