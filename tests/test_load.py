@@ -194,6 +194,7 @@ def test_an_adapter_that_does_not_fit_is_refused(harm, message, part, saved_adap
     with pytest.raises(ModelError, match=message) as caught:
         load_model(str(folder), dtype="float32")
     assert str(folder) in caught.value.faults[0].where and "restore the folder" in caught.value.faults[0].fix
+    assert ".default." not in caught.value.faults[0].what or harm is longer
 
 
 def test_every_tensor_of_an_adapters_file_is_looked_for(saved_adapter):

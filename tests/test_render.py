@@ -12,6 +12,7 @@ from ernie_align.data.formats import canonical
 from ernie_align.data.media import Reach
 from ernie_align.data.render import IGNORED, Renderer
 from ernie_align.data.row import Row, RowDropped, RowFault
+from ernie_align.data.template import ChatTemplate
 from ernie_align.errors import ModelError
 from tests.conftest import FAMILIES
 
@@ -175,8 +176,53 @@ def test_ids_are_the_tokenizers_own_whatever_the_text(renderers, family):
             tokenizer(["one", "one two"], padding=True, pad_to_multiple_of=8)
         if number % 4 == 2:
             tokenizer("one</s>", split_special_tokens=True)
-        ids = renderer._ids(text)
+        ids = renderer.template.ids(text)
         assert ids == tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("added", "cut"),
+    [
+        ([], True),
+        ([("</s>one", {}), ("> two", {}), ("s></s>", {})], True),  # longer than, and across, the special ones
+        ([("plus</s>", {"normalized": True})], True),
+        ([("two", {"special": True}), ("two plus", {})], True),
+        ([("two", {"lstrip": True})], False),
+        ([("two", {"rstrip": True})], False),
+        ([("one", {"single_word": True})], False),
+    ],
+)
+def test_ids_of_known_parts_are_those_of_the_whole(renderers, family, added, cut):
+    """Whatever tokens there are: in parts, or all at once where a token heeds what stands around it."""
+    from tokenizers import AddedToken
+
+    tokenizer, draw = renderers[family].tokenizer, random.Random(0)
+    tokenizer.add_tokens([AddedToken(text, **({"normalized": False} | how)) for text, how in added])
+    template = ChatTemplate(tokenizer)
+    pieces = ["one plus", "  ", " two", "two", "\n", "</s>", "<|end_of_sentence|>", "<s>", "s>", "</", "one", "一é!"]
+    parts: dict[str, list[int]] = {}
+    for _ in range(400):
+        text = "".join(draw.choices(pieces, k=draw.randint(0, 8)))
+        assert template.ids(text, parts) == template.ids(text), text
+        assert template.ids(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert (len(parts) > 0) is cut
+
+
+def test_a_conversation_is_tokenized_about_once(renderers, family):
+    """Of all its contexts together, not many more characters than the longest of them has."""
+    asked = [{"role": "user", "content": f"What is {number} plus three?"} for number in range(30)]
+    said = [{"role": "assistant", "content": f"It is {number + 3}."} for number in range(30)]
+    row = Row(messages=[message for turn in zip(asked, said, strict=True) for message in turn])
+    template = renderers[family].template
+    contexts = [
+        renderers[family]._text(template.marked(row.messages[:number]), row, generation_prompt=True)
+        for number in range(1, 60, 2)
+    ]
+    parts: dict[str, list[int]] = {}
+    for context in contexts:
+        assert template.ids(context, parts) == template.ids(context)
+    # each question stands in two parts: at the end of its own context, and before its answer in the others
+    assert sum(map(len, parts)) < 2 * len(contexts[-1]) < sum(map(len, contexts)) / 5
 
 
 def test_a_template_that_writes_more_images_than_there_are_is_refused(renderers, digits):

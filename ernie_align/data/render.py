@@ -6,15 +6,14 @@ So each answer is rendered behind its own generation prompt and tokenized on its
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ernie_align.data import media
 from ernie_align.data.row import Message, Row, RowDropped, RowFault, images_in
+from ernie_align.data.template import ChatTemplate
 from ernie_align.errors import ModelError
 
 if TYPE_CHECKING:
@@ -73,6 +72,7 @@ class Renderer:
 
     def __init__(self, tokenizer: TokenizersBackend, vision: Vision | None = None, *, thinking: bool = False):
         self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer)
         self.vision = vision
         self.thinking = thinking
 
@@ -114,7 +114,7 @@ class Renderer:
         messages = row.messages
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        ids = self._ids(self._text(self._marked(messages), row, generation_prompt=True))
+        ids = self.template.ids(self._text(self.template.marked(messages), row, generation_prompt=True))
         images = row.images[: images_in(messages)]
         return self._expand(ids, [IGNORED] * len(ids), images, self._image_tokens(images))
 
@@ -122,7 +122,7 @@ class Renderer:
         """Whether the generation prompt of the row begins the model's reasoning, so that an answer starts within it."""
         if row.plain is not None:
             return False
-        messages = self._marked(row.messages)
+        messages = self.template.marked(row.messages)
         prompt = self._text(messages, row, generation_prompt=True)
         added = prompt.removeprefix(self._text(messages, row, generation_prompt=False))
         return added.count(_OPEN_THINKING) > added.count(_CLOSE_THINKING)
@@ -133,7 +133,7 @@ class Renderer:
         asked: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
         text = self._text(asked, Row(), generation_prompt=False)
         tail = text[text.index(_PROBE) + len(_PROBE) :]
-        ending = [self.tokenizer.convert_tokens_to_ids(token) for token in self._special.findall(tail)]
+        ending = [self.tokenizer.convert_tokens_to_ids(token) for token in self.template.special.findall(tail)]
         return list(dict.fromkeys([*ending, self.tokenizer.eos_token_id]))
 
     # -- one conversation ---------------------------------------------------------------------------------------
@@ -141,12 +141,13 @@ class Renderer:
     def _conversation(self, row: Row) -> list[_Turns]:
         sequences: list[_Turns] = []
         messages: list[Message] = []  # marked once, whatever number of turns they stand before
+        parts: dict[str, list[int]] = {}  # tokenized once, whatever number of contexts they stand in
         for number in row.trained_turns:
-            messages += self._marked(row.messages[len(messages) : number + 1])
+            messages += self.template.marked(row.messages[len(messages) : number + 1])
             before, turn = messages[:number], messages[number]
             context = self._text(before, row, generation_prompt=True)
             answer, reasoning_left_out = self._answer(context, before, turn, row)
-            context_ids, answer_ids = self._ids(context), self._ids_after_text(answer)
+            context_ids, answer_ids = self.template.ids(context, parts), self.template.ids_after_text(answer)
             known = sequences[-1].ids if sequences else None
             if known is None or context_ids[: len(known)] != known:
                 sequences.append(_Turns([], [], []))
@@ -181,7 +182,7 @@ class Renderer:
                 raise RowFault(what, "give it reasoning_content, or set thinking: false for the row")
             context = header
         answer = whole[len(context) :]
-        endings = list(self._special.finditer(answer))
+        endings = list(self.template.special.finditer(answer))
         if not endings:
             what = "no special token ends an assistant turn: the model would never learn to stop"
             raise ModelError.at("chat template", what, fix="use a template that writes one")
@@ -191,79 +192,19 @@ class Renderer:
         """A row without turns: the text as it is, special tokens in it included, closed by the end of sequence."""
         ids = self.tokenizer(prompt)["input_ids"]
         end = self.tokenizer.eos_token
-        answer = self._ids_after_text(completion if completion.endswith(end) else completion + end)
+        answer = self.template.ids_after_text(completion if completion.endswith(end) else completion + end)
         if self.vision and self.vision.ids & {*ids, *answer}:
             raise RowFault("an image token in plain text", "write the row as messages, with its images")
         if not completion.strip():
             raise RowFault("an empty completion", "drop the row")
         return _Turns(ids + answer, [IGNORED] * len(ids) + answer, [(len(ids) + len(answer), 0)])
 
-    # -- text and ids -------------------------------------------------------------------------------------------
-
-    @cached_property
-    def _controls(self) -> re.Pattern:
-        """Tokens that only the template may write; the same choice as transformers' sanitize_control_tokens."""
-        return _any_of(self.tokenizer._get_control_tokens(self.tokenizer.chat_template))
-
-    @cached_property
-    def _markers(self) -> tuple[str, str]:
-        """What stands before and behind a special token that is text."""
-        from transformers.utils.chat_template_utils import mark_control_tokens
-
-        start, _, end = mark_control_tokens("\0", re.compile("\0")).partition("\0")
-        return start, end
-
-    @cached_property
-    def _special(self) -> re.Pattern:
-        """Special tokens that are not part of marked user text."""
-        start, end = self._markers
-        added = self.tokenizer.added_tokens_decoder.values()
-        tokens = _any_of([token.content for token in added if token.special])
-        return re.compile(f"(?<!{start})(?:{tokens.pattern})(?!{end})")
-
-    def _marked(self, messages: list[Message]) -> list[Message]:
-        """Messages as the template is given them: special tokens that stand in the user's strings marked as text."""
-        from transformers.utils.chat_template_utils import mark_control_tokens
-
-        known = [{key: value for key, value in message.items() if key != "label"} for message in messages]
-        with _refused_by_template():
-            return mark_control_tokens(known, self._controls)
-
     def _text(self, messages: list[Message], row: Row, *, generation_prompt: bool) -> str:
         """The template's text of marked messages."""
-        from transformers.utils.chat_template_utils import mark_control_tokens
-
         if not messages:
             raise RowFault("an answer that nothing stands before", "give the row a question, or drop it")
-        with _refused_by_template():
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tools=mark_control_tokens(row.tools, self._controls),
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-                enable_thinking=self.thinking if row.thinking is None else row.thinking,
-            )
-
-    def _ids(self, text: str) -> list[int]:
-        """Ids of rendered text, what is marked in it as text."""
-        backend = self.tokenizer.backend_tokenizer
-        # Other calls of the tokenizer leave these set.
-        plain = backend.truncation is backend.padding is None
-        plain &= backend.encode_special_tokens == self.tokenizer.split_special_tokens
-        start, end = self._markers
-        if plain and start not in text and end not in text:
-            # The same ids without what this takes no notice of: offsets, masks. A third of the time.
-            return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        return self.tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
-
-    def _ids_after_text(self, text: str) -> list[int]:
-        """Ids of a text that stands behind another: after a line break, where no tokenizer adds a space of its own."""
-        behind, newline = self._ids("\n" + text), self._newline_ids
-        return behind[len(newline) :] if behind[: len(newline)] == newline else self._ids(text)
-
-    @cached_property
-    def _newline_ids(self) -> list[int]:
-        return self._ids("\n")
+        thinking = self.thinking if row.thinking is None else row.thinking
+        return self.template.text(messages, row.tools, thinking=thinking, generation_prompt=generation_prompt)
 
     # -- images -------------------------------------------------------------------------------------------------
 
@@ -302,19 +243,3 @@ class Renderer:
         example.labels += labels[start:]
         example.vision_tokens = sum(tokens[: len(images)]) + 2 * len(images)  # each between a start and an end token
         return example
-
-
-@contextmanager
-def _refused_by_template() -> Iterator[None]:
-    """Whatever comes up within is a fault of the row: a checkpoint's template, on a row it was not written for."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        what, kind = f"the chat template refuses it: {reason}", "the chat template refuses it"
-        raise RowFault(what, "mend or drop the row", kind=kind) from None
-
-
-def _any_of(tokens: tuple[str, ...] | list[str]) -> re.Pattern:
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners import lora
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -76,14 +76,15 @@ def prove_loaded(model: PeftModel, folder: Path) -> int:
     """
     (adapter,) = model.active_adapters
     kept = load_file(folder / _WEIGHTS)
-    held = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model, adapter_name=adapter).items()}
+    # the adapter's own alone: PEFT's get_peft_model_state_dict would gather the base too, where processes share it
+    own = {name: tensor for name, tensor in model.state_dict().items() if adapter in name.split(".")}
+    held = {name: tensor.clone() for name, tensor in own.items()}
     told = set_peft_model_state_dict(model, kept, adapter_name=adapter)
-    missing = [name.replace(f".{adapter}", "") for name in told.missing_keys if adapter in name.split(".")]
-    again = get_peft_model_state_dict(model, adapter_name=adapter)
-    changed = [name for name, tensor in held.items() if not _bits(tensor).equal(_bits(again[name]))]
-    odd = sorted({*missing, *told.unexpected_keys, *changed})
+    changed = {name for name, tensor in own.items() if not _bits(tensor).equal(_bits(held[name]))}
+    odd = sorted(changed | {name for name in told.missing_keys if name in own} | {*told.unexpected_keys})
     if odd:
-        what = f"{len(odd)} tensors of the adapter did not reach the model, {odd[0]} among them; its file holds "
+        first = odd[0].replace(f".{adapter}.", ".")  # as the file has it
+        what = f"{len(odd)} tensors of the adapter did not reach the model, {first} among them; its file holds "
         raise ModelError.at(str(folder), what + str(len(kept)), fix=_WRONG_BASE)
     return len(kept)
 
