@@ -52,11 +52,13 @@ def check(recipe: Any, *, overrides: Iterable[str] = (), rows: int = 100) -> Set
     return setup
 
 
-def run(recipe: Any, *, resume: bool = False) -> RunResult:
+def run(recipe: Any, *, resume: bool = False, tp_size: int = 1, ep_size: int = 1) -> RunResult:
     """Train what a recipe says, into its run.dir, and tell about it on the terminal or in the notebook.
 
-    recipe: a Recipe, or what load_recipe takes; resume: go on from the newest whole checkpoint in run.dir.
+    recipe: a Recipe, or what load_recipe takes; resume: go on from the newest whole checkpoint in run.dir;
+    tp_size, ep_size: processes over which matrices are cut, and experts dealt out (docs/scaling.md).
     """
+    from ernie_align.models.sharding import Parallel
     from ernie_align.recipe import Recipe
     from ernie_align.report.console import Terminal, hush
     from ernie_align.runs import load_recipe, run
@@ -64,7 +66,9 @@ def run(recipe: Any, *, resume: bool = False) -> RunResult:
 
     hush()
     checked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    return run(checked, resume=resume, reporter=Terminal(speaks=begin_processes(checked).is_main_process))
+    parallel = Parallel(tp_size, ep_size) if (tp_size, ep_size) != (1, 1) else None
+    terminal = Terminal(speaks=begin_processes(checked).is_main_process)
+    return run(checked, resume=resume, parallel=parallel, reporter=terminal)
 
 
 def plan(recipe: Any, *, overrides: Iterable[str] = (), **hardware: Any) -> Plan:

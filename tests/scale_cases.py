@@ -25,7 +25,7 @@ A_STEP = 4  # examples, of all processes
 GENERATIONS = 4
 END = 2  # of the tiny tokenizer
 _some_end_at_once = False  # whether the completions of the second half of a step's prompts are empty
-PARALLEL = {"ep": Parallel(experts=2), "tp": Parallel(tensor=2, experts=2)}
+PARALLEL = {"ep": Parallel(ep_size=2), "tp": Parallel(tp_size=2, ep_size=2)}
 SCOPES = ("attention", "dense_mlp", "shared_experts", "text_experts", "vision_experts")
 SCOPES += ("text_router", "vision_router", "vision_tower", "resampler")
 VISION = ["vision_experts", "vision_router", "vision_tower", "resampler"]
@@ -271,13 +271,13 @@ def by_hand(folder: Path) -> None:
             print(f"{case:34} checkpoint of 2 on {processes}: {found:.1e}", flush=True)
 
 
-def goes_on(case: str, folder: Path, model: Path, steps: int, *, after: int, processes: int) -> Path:
-    """What two processes did up to a checkpoint, gone on with on one or four. Returns the run directory."""
+def goes_on(case: str, folder: Path, model: Path, steps: int, *, after: int, processes: int, begun: int = 2) -> Path:
+    """What so many processes began, up to a checkpoint, gone on with on others. Returns the run directory."""
     from tests.test_resume import stopped_after
 
     again = run_dir(case, folder, processes, resume=True)
     shutil.rmtree(again, ignore_errors=True)
-    stopped_after(after, run_dir(case, folder, 2), again)
+    stopped_after(after, run_dir(case, folder, begun), again)
     if processes == 1:
         run_case(case, folder, model, steps, resume=True)
     else:

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from ernie_align.errors import RecipeError, RunError
+from ernie_align.errors import AlignError, RecipeError, RunError
 from ernie_align.models.anatomy import Anatomy
-from ernie_align.models.sharding import UNITS
+from ernie_align.models.sharding import UNITS, Parallel
 from ernie_align.runs.launch import PROFILES, launch_command, profile_path, profiles
 from ernie_align.runs.launched import prepare_processes
 from tests.conftest import FAMILIES, ROOT
@@ -74,6 +74,35 @@ def test_fsdp_that_would_be_ddp_is_refused(checkpoints, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RunError, match="FSDP was asked for, and Accelerate makes NO of it on cpu"):
         prepare_processes(PartialState(), anatomy, stage="sft", adapters=False, where="model.name")
+
+
+@pytest.mark.parametrize(
+    ("family", "processes", "sizes", "stage", "adapters", "said"),
+    [
+        ("vl_moe", 2, {"ep_size": 4}, "lora", True, "2 processes cannot be dealt out, 1 to a matrix and 4 to a pool"),
+        ("vl_moe", 6, {"tp_size": 2, "ep_size": 3}, "sft", False, "in whole groups of --tp-size"),
+        ("vl_moe", 2, {"tp_size": 2}, "sft", False, "deal the experts out as well: --ep-size 2"),
+        ("vl_moe", 2, {"tp_size": 2, "ep_size": 2}, "lora", True, "adapters on matrices that are cut"),
+        ("vl_moe", 2, {"tp_size": 2, "ep_size": 2}, "dpo", False, "stage dpo on matrices that are cut"),
+        ("vl_moe", 16, {"ep_size": 16}, "sft", False, "8 experts of a pool cannot be dealt out to 16 processes"),
+        ("dense", 2, {"ep_size": 2}, "sft", False, "the model has no routed experts"),
+    ],
+)
+def test_what_cannot_be_dealt_out_is_refused(checkpoints, family, processes, sizes, stage, adapters, said):
+    anatomy = Anatomy.from_config(json.loads((checkpoints[family] / "config.json").read_text()))
+    with pytest.raises(AlignError, match=said):
+        Parallel(**sizes).judge(anatomy, processes, stage=stage, adapters=adapters, where="model.name")
+
+
+def test_weights_are_shared_out_once(checkpoints, monkeypatch):
+    from accelerate import PartialState
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    anatomy = Anatomy.from_config(json.loads((checkpoints["vl_moe"] / "config.json").read_text()))
+    with pytest.raises(RunError, match="FSDP was asked for beside it.*\n.*launch with ep"):
+        prepare_processes(
+            PartialState(), anatomy, stage="lora", adapters=True, where="", parallel=Parallel(ep_size=1, tp_size=1)
+        )
 
 
 def test_slurm_script_is_sound_shell():

@@ -27,15 +27,19 @@ def train(stage: Stage) -> Callable[..., None]:
             typer.Option(metavar="PROFILE", help="Run on several processes: a name or file of recipes/accelerate."),
         ] = None,
         processes: Annotated[int | None, typer.Option(min=1, help="Of --launch; otherwise the profile's.")] = None,
+        tp_size: Annotated[int, typer.Option(min=1, help="Processes over which each matrix is cut.")] = 1,
+        ep_size: Annotated[int, typer.Option(min=1, help="Processes over which the experts are dealt out.")] = 1,
     ) -> None:
         import ernie_align
 
         checked = load_recipe(recipe, overrides=overrides or (), stage=stage.name)
         if launch is not None:
             arguments = [stage.name, str(recipe), *(overrides or ()), *(["--resume"] if resume else [])]
+            sizes = {"--tp-size": tp_size, "--ep-size": ep_size}
+            arguments += [word for name, size in sizes.items() if size > 1 for word in (name, str(size))]
             raise typer.Exit(start_processes(launch, processes, arguments))
         if processes is not None:
             raise typer.BadParameter("say how they share the work with --launch", param_hint="--processes")
-        ernie_align.run(checked, resume=resume)
+        ernie_align.run(checked, resume=resume, tp_size=tp_size, ep_size=ep_size)
 
     return verb

@@ -72,15 +72,15 @@ def share_out(model: PreTrainedModel, parallel: Parallel, family: str, *, where:
     parallel: as judged by models.sharding. Raises ModelError where attention cannot be cut so.
     """
     heads = model.config.get_text_config().num_key_value_heads
-    if heads % parallel.tensor:
-        what = f"{heads} heads of keys and values cannot be cut over {parallel.tensor} processes"
-        raise ModelError.at(where, what, fix="choose a number for --tensor-parallel that divides them")
+    if heads % parallel.tp_size:
+        what = f"{heads} heads of keys and values cannot be cut over {parallel.tp_size} processes"
+        raise ModelError.at(where, what, fix="choose a number for --tp-size that divides them")
     EPImplementationInterface.register(_LOW_RANK, LowRankEP)
     processes = torch.distributed.get_world_size()
     config = DistributedConfig(
-        tp_size=parallel.tensor,
-        fsdp_size=processes // parallel.tensor,
-        ep_size=parallel.experts,
+        tp_size=parallel.tp_size,
+        fsdp_size=processes // parallel.tp_size,
+        ep_size=parallel.ep_size,
         ep_implementation=_LOW_RANK,
     )
     config, _, meshes = model.prepare_distribute_model(config)

@@ -26,10 +26,11 @@ class Units(NamedTuple):
 
 @dataclass(frozen=True)
 class Parallel:
-    """Over how many processes matrices are cut, and over how many the experts of a pool are dealt out."""
+    """Over how many processes matrices are cut, and over how many the experts of a pool are dealt out: as in
+    transformers' DistributedConfig. What is left of the model is spread by FSDP2."""
 
-    tensor: int = 1
-    experts: int = 1
+    tp_size: int = 1
+    ep_size: int = 1
 
     def judge(self, anatomy: Anatomy, processes: int, *, stage: str, adapters: bool, where: str) -> None:
         """Raises RunError where the processes cannot be dealt out so, ModelError where this model cannot.
@@ -37,26 +38,26 @@ class Parallel:
         adapters: whether they are what is trained; where: what an error about the model should point at.
         """
         pools = {tensor.shape[0] for tensor in anatomy.tensors if tensor.kind == "fused"}
-        in_groups = self.experts == 1 or self.experts % self.tensor == 0
-        if processes % self.tensor or processes % self.experts or not in_groups:
-            what = f"{processes} processes cannot be dealt out, {self.tensor} to a matrix and {self.experts} to a pool"
-            fix = "choose numbers that divide the processes, and experts in whole groups of --tensor-parallel"
-            raise RunError.at("--tensor-parallel, --expert-parallel", what, fix=fix)
-        if self.tensor > 1 and adapters:
-            fix = "leave --tensor-parallel out: --expert-parallel works with adapters"
-            raise RunError.at("--tensor-parallel", "adapters on matrices that are cut are not supported", fix=fix)
-        if self.tensor > 1 and stage not in ("sft", "lora"):
-            fix = "leave --tensor-parallel out, or train by stage: sft"
-            raise RunError.at("--tensor-parallel", f"stage {stage} on matrices that are cut is not supported", fix=fix)
-        if self.tensor > 1 and pools and self.experts == 1:
-            fix = f"deal the experts out as well: --expert-parallel {self.tensor}, or a multiple of it"
-            raise RunError.at("--tensor-parallel", "experts whose matrices are cut cannot be checkpointed", fix=fix)
-        if self.experts > 1 and not pools:
-            raise ModelError.at(where, "the model has no routed experts", fix="leave --expert-parallel out")
-        odd = [experts for experts in pools if experts % self.experts]
+        in_groups = self.ep_size == 1 or self.ep_size % self.tp_size == 0
+        if processes % self.tp_size or processes % self.ep_size or not in_groups:
+            what = f"{processes} processes cannot be dealt out, {self.tp_size} to a matrix and {self.ep_size} to a pool"
+            fix = "choose numbers that divide the processes, and experts in whole groups of --tp-size"
+            raise RunError.at("--tp-size, --ep-size", what, fix=fix)
+        if self.tp_size > 1 and adapters:
+            fix = "leave --tp-size out: --ep-size works with adapters"
+            raise RunError.at("--tp-size", "adapters on matrices that are cut are not supported", fix=fix)
+        if self.tp_size > 1 and stage not in ("sft", "lora"):
+            fix = "leave --tp-size out, or train by stage: sft"
+            raise RunError.at("--tp-size", f"stage {stage} on matrices that are cut is not supported", fix=fix)
+        if self.tp_size > 1 and pools and self.ep_size == 1:
+            fix = f"deal the experts out as well: --ep-size {self.tp_size}, or a multiple of it"
+            raise RunError.at("--tp-size", "experts whose matrices are cut cannot be checkpointed", fix=fix)
+        if self.ep_size > 1 and not pools:
+            raise ModelError.at(where, "the model has no routed experts", fix="leave --ep-size out")
+        odd = [experts for experts in pools if experts % self.ep_size]
         if odd:
-            what = f"{odd[0]} experts of a pool cannot be dealt out to {self.experts} processes"
-            raise ModelError.at(where, what, fix="choose a number for --expert-parallel that divides them")
+            what = f"{odd[0]} experts of a pool cannot be dealt out to {self.ep_size} processes"
+            raise ModelError.at(where, what, fix="choose a number for --ep-size that divides them")
 
 
 UNITS: dict[str, Units] = {

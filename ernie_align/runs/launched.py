@@ -41,7 +41,7 @@ def prepare_processes(
         parallel.judge(anatomy, state.num_processes, stage=stage, adapters=adapters, where=where)
         if asked:
             what = f"{asked} was asked for beside it, and both would share out the same weights"
-            raise RunError.at("--tensor-parallel, --expert-parallel", what, fix="launch with ddp, ddp_nodes or cpu")
+            raise RunError.at("--tp-size, --ep-size", what, fix="launch with ep, ddp_nodes or cpu")
     # adapters are of one dtype, and PEFT adds one to a router's weight outside the router: it must be whole there
     apart = () if adapters else units.routers
     if asked and state.distributed_type.value in ("NO", "MULTI_CPU"):
@@ -71,6 +71,10 @@ def prove_processes(accelerator: Accelerator, model: Any) -> str:
     kind = "FSDP2" if accelerator.is_fsdp2 else "DDP" if found.startswith("MULTI_") else found
     shared_out = getattr(model.config, "distributed_config", None)
     if shared_out is not None:
-        sizes = {"FSDP2": shared_out.fsdp_size, "matrices": shared_out.tp_size, "experts": shared_out.ep_size}
-        kind = ", ".join(f"{name} over {size}" for name, size in sizes.items() if size > 1)
+        sizes = {
+            "FSDP2 of": shared_out.fsdp_size,
+            "matrices cut in": shared_out.tp_size,
+            "experts dealt to": shared_out.ep_size,
+        }
+        kind = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) + ","
     return f"{count} processes on {accelerator.device.type}: {kind} over {accelerator.state.backend}"

@@ -226,7 +226,7 @@ def _train(
 
 def _batches(config: Any, parallel: Parallel | None) -> int:
     """Processes that have batches of their own: neighbours between which matrices are cut share one."""
-    return config.world_size // (parallel.tensor if parallel else 1)
+    return config.world_size // (parallel.tp_size if parallel else 1)
 
 
 def _examples_a_step(config: Any, parallel: Parallel | None) -> int:

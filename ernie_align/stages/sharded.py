@@ -86,10 +86,17 @@ class ShardedTrainer(Trainer):
             load_training_state(self.model, self.optimizer, Path(checkpoint) / SHARDED)
         else:
             states = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)["state"]
-            give_out(states, self.optimizer)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+            give_out(states, self._numbered(), self.optimizer)
+        schedule = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+        self.lr_scheduler.load_state_dict(_of_groups(schedule, len(self.optimizer.param_groups)))
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
+
+    def _numbered(self) -> list[nn.Parameter]:
+        """Trained weights in the order in which an optimizer of one process has them."""
+        trained = [pair for pair in self.model.named_parameters() if pair[1].requires_grad]
+        decayed = set(self.get_decay_parameter_names(self.model))
+        return [weight for wanted in (True, False) for name, weight in trained if (name in decayed) is wanted]
 
 
 @contextmanager
@@ -133,9 +140,17 @@ def load_training_state(model: nn.Module, optimizer: Any, folder: Path) -> None:
             optimizer.state[weight] = state["moments"][name]
 
 
-def give_out(states: dict[int, dict[str, Tensor]], optimizer: Any) -> None:
-    """Whole moments, numbered as one process saves them, to an optimizer of sharded weights."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+def _of_groups(schedule: dict[str, Any], groups: int) -> dict[str, Any]:
+    """The state of a scheduler, for an optimizer of so many groups. Dealt-out experts are a group of their own, as
+    another mesh has them: all groups have the same learning rate."""
+    return {
+        key: value[:1] * groups if isinstance(value, list) and len(value) != groups else value
+        for key, value in schedule.items()
+    }
+
+
+def give_out(states: dict[int, dict[str, Tensor]], weights: list[nn.Parameter], optimizer: Any) -> None:
+    """Whole moments, numbered as one process saves them, to an optimizer of sharded weights in the same order."""
     for number, whole in states.items():
         weight = weights[number]
         optimizer.state[weight] = {
