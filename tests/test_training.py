@@ -215,3 +215,23 @@ def test_training_on_a_stream(checkpoints, digits, tmp_path):
     del recipe["training"]["max_steps"]
     with pytest.raises(RecipeError, match="streaming without a number of steps"):
         run_quietly({**recipe, "run": {"dir": str(tmp_path / "other")}})
+
+
+@pytest.mark.parametrize(("scopes", "learns"), [(["attention", "vision_experts"], False), (["vision_tower"], True)])
+def test_no_gradient_passes_a_tower_that_learns_nothing(checkpoints, digits, tmp_path, scopes, learns):
+    """Checkpointing makes input embeddings require gradients, those of the tower too."""
+    seen = []
+
+    def note(module, args, output):
+        if type(module).__name__ == "Ernie4_5_VLMoeVisionBlock":
+            seen.append(output.requires_grad)
+
+    training = {"gradient_checkpointing": True, "max_steps": 1}
+    recipe = recipe_of("lora", checkpoints["vl_moe"], digits / "train.jsonl", tmp_path / "run", training=training)
+    recipe["adapter"]["scopes"] = scopes
+    handle = torch.nn.modules.module.register_module_forward_hook(note)
+    try:
+        run_quietly(recipe)
+    finally:
+        handle.remove()
+    assert seen and set(seen) == {learns}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from trl import SFTTrainer
 
 from ernie_align.data.render import IGNORED
 from ernie_align.models.seal import beside
-from ernie_align.models.vision_once import backbone_of
+from ernie_align.models.vision_once import ImagesOnce, backbone_of, vision_is_frozen
 from ernie_align.stages.evaluated import fresh_rows
 from ernie_align.stages.head import scoring_labels
 from ernie_align.stages.sharded import ShardedTrainer
@@ -29,6 +30,7 @@ class SupervisedTrainer(ShardedTrainer, SFTTrainer):
         # The VL class says accepts_loss_kwargs=False, which would average the means of micro-batches: with it, four
         # micro-batches of one row weigh their tokens unlike one batch of four rows.
         self.model_accepts_loss_kwargs = True
+        self.vision_is_frozen = vision_is_frozen(self.model)
         self._eval_sums = torch.zeros(3, dtype=torch.float64)  # loss, right tokens, tokens
 
     def _send_telemetry(self) -> None:
@@ -43,7 +45,10 @@ class SupervisedTrainer(ShardedTrainer, SFTTrainer):
         vision_tokens = self.watch.take(inputs)
         if not self.model.training:
             inputs["labels"][fresh_rows(self.accelerator, len(inputs["labels"])) :] = IGNORED
-        scoring = scoring_labels(model, backbone_of(self.accelerator.unwrap_model(self.model)))
+        inner = self.accelerator.unwrap_model(self.model)
+        scoring = scoring_labels(model, backbone_of(inner))
+        # without it, checkpointing sends a backward, and a second forward, through a tower that learns nothing
+        images = ImagesOnce(frozen=True).shown(inner) if self.vision_is_frozen else nullcontext()
         right = torch.zeros(())
 
         def scored(**given: Any) -> Any:
@@ -53,7 +58,7 @@ class SupervisedTrainer(ShardedTrainer, SFTTrainer):
                 right = outputs.is_top1.sum()
             return outputs
 
-        with self.watch.forward(vision_tokens, inputs["input_ids"].numel()):
+        with self.watch.forward(vision_tokens, inputs["input_ids"].numel()), images:
             result = super().compute_loss(scored, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         self.watch.finite(loss.detach(), "loss", self.state.global_step + 1)
