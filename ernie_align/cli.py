@@ -12,6 +12,7 @@ import typer
 from ernie_align.errors import AlignError, Interrupted, RecipeError, RunError
 from ernie_align.runs import load_recipe
 from ernie_align.runs.launch import launch as start_processes
+from ernie_align.runs.launch import tell_launcher
 from ernie_align.stages import STAGES, Stage
 
 app = typer.Typer(
@@ -403,8 +404,11 @@ _EXIT_CODES = {Interrupted: 75, RecipeError: 2, RunError: 3, AlignError: 1}
 
 def main() -> None:
     """Run the command line; an error a user can mend is told without a traceback."""
+    tell_launcher()
     try:
         app()
     except AlignError as error:
         typer.echo(str(error), err=True)
-        sys.exit(next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)))
+        code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
+        tell_launcher(code)
+        sys.exit(code)
