@@ -96,7 +96,9 @@ def test_a_launched_run_stops_and_says_so_as_any_other(checkpoints, text_rows, t
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert broken(checkpoint, hashes=True) is None
     directory = RunDirectory(tmp_path / "run")
-    assert directory.begin((tmp_path / "run" / "recipe.resolved.yaml").read_text(), resume=True)  # nobody holds it
+    assert directory.begin(
+        (tmp_path / "run" / "recipe.resolved.yaml").read_text(), resume=True, examples_a_step=4 * processes
+    )
     directory.release()
 
 
