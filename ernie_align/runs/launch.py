@@ -17,6 +17,7 @@ from ernie_align.errors import RecipeError
 
 PROFILES = Path(__file__).parent / "profiles"  # recipes/accelerate is a link to it
 ENDINGS = "ERNIE_ALIGN_ENDINGS"  # a folder, in which each process writes a file: its id, and what it ends with
+HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # what ends a process that does not hear it
 
 
 def profiles() -> list[str]:
@@ -49,8 +50,8 @@ def launch(profile: str, processes: int | None, arguments: Sequence[str]) -> int
     """Run it to its end. What all its processes on this machine end with, where they say it and agree: Accelerate's
     launcher says 1 whatever they say. Otherwise the launcher's own exit status.
 
-    SIGTERM and Ctrl-C go to the processes themselves, past the launcher, which would die before them, or kill them
-    after 30 seconds. It has a session of its own, so that a terminal's Ctrl-C comes once.
+    Signals go to the processes themselves, past the launcher, which would die before them, or kill them after 30
+    seconds. It has a session of its own, so that a terminal's Ctrl-C comes once.
     """
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, ENDINGS: folder}
@@ -68,7 +69,8 @@ def launch(profile: str, processes: int | None, arguments: Sequence[str]) -> int
                 with suppress(ProcessLookupError):
                     os.killpg(launcher.pid, number)
 
-        before = {one: signal.signal(one, hand_on) for one in (signal.SIGTERM, signal.SIGINT)}
+        heard = [one for one in HANDED_ON if signal.getsignal(one) != signal.SIG_IGN]  # nohup ignores one
+        before = {one: signal.signal(one, hand_on) for one in heard}
         try:
             code = launcher.wait()
         finally:
