@@ -100,9 +100,9 @@ def recipe(case: str, folder: Path, model: Path, processes: int, steps: int, res
         "train_sampling_strategy": "sequential",
         "gradient_checkpointing": what.endswith("checkpointing"),
         "learning_rate": 3e-4,
-        # Adam divides a gradient by its own size: one of 1e-8 that is nothing but rounding moves its weight by the
-        # whole learning rate, either way, and the next step's experts that all but tie turn. From 1e-5 up, gradients
-        # here are well above their rounding (6e-8 at most).
+        # Adam divides a gradient by its own size: one of 1e-8, which is rounding, moves its weight by the whole
+        # learning rate, either way, and in the next step a token turns to another expert that all but ties. From 1e-5
+        # up, gradients here are well above their rounding (6e-8 at most).
         "adam_epsilon": 1e-5,
     }
     if what.endswith("+streaming"):
@@ -124,7 +124,10 @@ def recipe(case: str, folder: Path, model: Path, processes: int, steps: int, res
     if what.endswith("+continued"):
         made["adapter"]["path"] = str(folder / "adapter" / "final")
     if what.endswith("+bfloat16"):
-        made["model"]["dtype"] = "bfloat16"
+        # FSDP2 trains float32 copies and computes in bfloat16, which on one process is asked for in this way
+        copies = bool(sharing) and processes == 1 and not resume
+        made["model"]["dtype"] = "float32" if copies else "bfloat16"
+        made["training"]["bf16"] = True
     if stage == "upo":
         made["rewards"] = [
             {"name": "contains", "text": "e", "label": "has_e"},

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from ernie_align.errors import AlignError, RecipeError, RunError
 from ernie_align.models.anatomy import Anatomy
+from ernie_align.models.seal import broken
 from ernie_align.models.sharding import UNITS, Parallel
-from ernie_align.runs.launch import PROFILES, launch_command, profile_path, profiles
+from ernie_align.runs.directory import RunDirectory
+from ernie_align.runs.launch import PROFILES, launch, launch_command, profile_path, profiles
 from ernie_align.runs.launched import prepare_processes
-from tests.conftest import FAMILIES, ROOT
+from tests.conftest import FAMILIES, ROOT, recipe_of
 from tests.scale_cases import FSDP2
 
 
@@ -103,6 +107,40 @@ def test_weights_are_shared_out_once(checkpoints, monkeypatch):
         prepare_processes(
             PartialState(), anatomy, stage="lora", adapters=True, where="", parallel=Parallel(ep_size=1, tp_size=1)
         )
+
+
+@pytest.mark.parametrize(("profile", "processes"), [("cpu", 2), ("one_gpu", 1)])
+def test_a_launched_run_stops_and_says_so_as_any_other(checkpoints, text_rows, tmp_path, profile, processes):
+    """At SIGTERM: every process saves and ends with 75, none outlives the launch, and that is its exit code."""
+    recipe = recipe_of("lora", checkpoints["dense"], text_rows, tmp_path / "run", training={"max_steps": 100_000})
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))  # JSON is YAML
+    words = ["lora", str(tmp_path / "recipe.json"), "--launch", profile, "--processes", str(processes)]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with (tmp_path / "log").open("w") as log:
+        started = subprocess.Popen([sys.executable, "-m", "ernie_align", *words], cwd=ROOT, stdout=log, stderr=log)
+        while not metrics.exists() and started.poll() is None:
+            time.sleep(0.1)
+        started.send_signal(signal.SIGTERM)
+        code = started.wait(60)
+    said = (tmp_path / "log").read_text()
+    assert code == 75, said
+    assert said.count("stopped by SIGTERM after step") == processes
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert broken(checkpoint, hashes=True) is None
+    directory = RunDirectory(tmp_path / "run")
+    assert directory.begin(
+        (tmp_path / "run" / "recipe.resolved.yaml").read_text(), resume=True, examples_a_step=4 * processes
+    )
+    directory.release()
+
+
+def test_a_launched_run_that_fails_says_why_in_its_exit_code(checkpoints, text_rows, tmp_path):
+    """3 of the run itself, where the launcher says 1."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    recipe = recipe_of("lora", checkpoints["dense"], text_rows, tmp_path / "run")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    assert launch("one_gpu", None, ["lora", str(tmp_path / "recipe.json")]) == 3
 
 
 def test_slurm_script_is_sound_shell():

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 from ernie_align import export
 from tests import scale_cases
-from tests.conftest import logged
+from tests.conftest import logged, tensors_of
 from tests.scale_cases import apart, goes_on, run_case, run_dir
 
 # What is left of two orders of summation in float32 after four steps, at a loss of 7.
 BOUND = 1e-5
 RESUMED = ["fsdp2:sft-all", "fsdp2:lora-vision+checkpointing", "ep:sft-all", "ep:lora-vision+checkpointing"]
+BFLOAT16 = "fsdp2:sft-all+bfloat16"
 CONTINUED = ["fsdp2:lora-adapter+continued", "fsdp2:dpo-adapter+continued"]
 CASES = ["sft-all", "dpo-adapter", "upo-adapter", *RESUMED, "fsdp2:dpo-adapter", "fsdp2:upo-adapter+early", *CONTINUED]
 CASES += ["ep:lora-text_experts", "ep:dpo-adapter", "ep:upo-adapter+early", "tp:sft-all"]
 STEPS = 3
+TOKENS = ("eval_loss", "eval_mean_token_accuracy")
+PAIRS = ("entropy", "rewards/chosen", "rewards/accuracies", "rewards/margins", "logps/rejected", "logits/chosen")
+PAIRS += ("routing/flips_text", "routing/flips_vision")
+EVALUATED = {"sft": TOKENS, "dpo": (*TOKENS, *(f"eval_{name}" for name in PAIRS))}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +31,7 @@ def folder(checkpoints, digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scale")
     scale_cases.make_rows(folder, digits)
     scale_cases.make_adapter(folder, checkpoints["vl_moe"])
-    scale_cases.launch(folder, checkpoints["vl_moe"], 2, CASES, steps=STEPS)
+    scale_cases.launch(folder, checkpoints["vl_moe"], 2, [*CASES, BFLOAT16], steps=STEPS)
     return folder
 
 
@@ -37,8 +43,22 @@ def test_two_processes_are_one(folder, checkpoints, case, monkeypatch):
     assert len(logged(run_dir(case, folder, 2))) == STEPS
     one, two = run_dir(case, folder, 1), run_dir(case, folder, 2)
     assert apart(one, two) <= BOUND
-    if "sft" in case:  # seven rows: the last batches are filled up with rows that were counted already
-        assert all(apart(one, two, key) <= BOUND for key in ("eval_loss", "eval_mean_token_accuracy"))
+    # seven rows: the last batches are filled up with rows that were counted already
+    for key in EVALUATED.get(case.removeprefix("fsdp2:").partition("-")[0], ()):
+        assert apart(one, two, key) <= BOUND * max(1, *map(abs, logged(one, key)))
+
+
+def test_bfloat16_weights_are_trained_as_float32_copies(folder, checkpoints):
+    """One process does the same with float32 weights under autocast. Routers are float32 anyhow."""
+    run_case(BFLOAT16, folder, checkpoints["vl_moe"], STEPS)
+    one, two = run_dir(BFLOAT16, folder, 1), run_dir(BFLOAT16, folder, 2)
+    first = [logged(run)[0] for run in (one, two)]
+    assert abs(first[0] - first[1]) <= 2**-5  # the spacing of bfloat16 where the loss is: between 4 and 8
+    assert apart(one, two) <= 0.1  # then tokens turn to other experts by rounding; in ten steps it was 9e-2 at most
+    kept = FileSystemReader(two / f"checkpoint-{STEPS}" / "sharded").read_metadata().state_dict_metadata
+    assert all(kept[name].properties.dtype == torch.float32 for name in kept if name.startswith("weights."))
+    for name, weight in tensors_of(two / "final").items():
+        assert weight.dtype == (torch.float32 if ".gate." in name or "moe_statics" in name else torch.bfloat16), name
 
 
 def header(folder):

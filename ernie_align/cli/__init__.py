@@ -9,6 +9,7 @@ import typer
 from ernie_align.cli import evaluation, making, recipes
 from ernie_align.cli.training import train
 from ernie_align.errors import AlignError, Interrupted, RecipeError, RunError
+from ernie_align.runs.launch import tell_launcher
 from ernie_align.stages import STAGES
 
 app = typer.Typer(
@@ -47,8 +48,11 @@ _EXIT_CODES = {Interrupted: 75, RecipeError: 2, RunError: 3, AlignError: 1}
 
 def main() -> None:
     """Run the command line; an error a user can mend is told without a traceback."""
+    tell_launcher()
     try:
         app()
     except AlignError as error:
         typer.echo(str(error), err=True)
-        sys.exit(next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)))
+        code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
+        tell_launcher(code)
+        sys.exit(code)

@@ -6,14 +6,16 @@ watched, scaled by length if asked for, and compared expert by expert.
 
 from __future__ import annotations
 
+import copy
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from trl import DPOTrainer
 
@@ -24,7 +26,7 @@ from ernie_align.models.routing import expert_flips, record_experts
 from ernie_align.models.seal import beside
 from ernie_align.models.vision_once import ImagesOnce, backbone_of, vision_is_frozen
 from ernie_align.stages.dpo_forward import PairsApart, PairsShared
-from ernie_align.stages.evaluated import fresh_rows
+from ernie_align.stages.evaluated import Means, OneProcess, fresh_rows
 from ernie_align.stages.reference import ReferenceLogps
 from ernie_align.stages.sharded import ShardedTrainer
 from ernie_align.stages.watch import Watch
@@ -64,9 +66,7 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
         self.modality = ModalityTokens.from_config(self.model.config)
         # judged now: to ask a reference adapter is to change which weights require gradients
         self.vision_is_frozen = vision_is_frozen(self.model)
-        self._eval_pairs: list[int] = []  # of each batch of the evaluation so far
-        self._eval_loss = 0.0
-        self._flips: dict[str, tuple[int, int]] = {}
+        self._means = Means()  # of the evaluation so far
         if stored is not None:
             size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
             self.train_dataset = stored.add_to(
@@ -105,13 +105,23 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
         if there:
             self._count_flips(here, there, inputs)
 
+        if evaluating:
+            loss = self._evaluated(outputs, reference, pairs.for_loss)
+            self.watch.step_done()
+        else:
+            loss = self._loss(outputs, reference, pairs.for_loss)
+        self.watch.finite(loss.detach(), "loss", self.state.global_step + 1)
+        return self.watch.anchored(loss, self.model)
+
+    def _loss(self, outputs: Any, reference: tuple[Tensor, Tensor], inputs: dict[str, Any]) -> Tensor:
+        """Of what both models said of a batch: TRL's losses and metrics, plus our own losses. inputs: for_loss."""
         logps = outputs.log_probs  # (2P, T - 1), or (2P, C) where the prompt is shared: 0 outside the answers
         lengths = inputs["completion_mask"][:, 1:].sum(dim=1)
         if self.length_normalize:
             scale = torch.cat(losses.length_normalized(*torch.ones_like(lengths).chunk(2), *lengths.chunk(2)))
             outputs.log_probs = logps * scale[:, None]
             reference = tuple(side * part for side, part in zip(reference, scale.chunk(2), strict=True))
-        given = {**pairs.for_loss, "ref_chosen_logps": reference[0], "ref_rejected_logps": reference[1]}
+        given = {**inputs, "ref_chosen_logps": reference[0], "ref_rejected_logps": reference[1]}
         loss = super()._compute_loss(lambda **_: outputs, given, False)
         policy = outputs.log_probs.sum(dim=1).chunk(2)
         for own_loss, weight in self.own_losses:
@@ -120,15 +130,34 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
             chosen, count = logps.chunk(2)[0], lengths.chunk(2)[0].sum()
             # of the tokens on all processes, whose gradients are averaged
             nll = -chosen.sum() / self.accelerator.reduce(count.float(), reduction="mean")
-            self._metrics["eval" if evaluating else "train"]["nll_loss"].append(nll.item())
+            self._metrics["train" if self.model.training else "eval"]["nll_loss"].append(nll.item())
             loss = loss + self.sft_weight * nll
-        self.watch.finite(loss.detach(), "loss", self.state.global_step + 1)
-        if evaluating:
-            fresh = fresh_rows(self.accelerator, len(lengths) // 2)
-            self._eval_pairs.append(fresh)
-            self._eval_loss += loss.item() * fresh
-            self.watch.step_done()
-        return self.watch.anchored(loss, self.model)
+        return loss
+
+    def _evaluated(self, outputs: Any, reference: tuple[Tensor, Tensor], inputs: dict[str, Any]) -> Tensor:
+        """The loss of the pairs that no process has seen yet, zero without any; it and TRL's metrics are noted."""
+        fresh = fresh_rows(self.accelerator, len(reference[0]))
+        if not fresh:
+            return reference[0].new_zeros(())
+        mask = inputs["completion_mask"]
+
+        def first(values: Tensor) -> Tensor:
+            return torch.cat([side[:fresh] for side in values.chunk(2)])
+
+        of_rows = {name: value for name, value in vars(outputs).items() if torch.is_tensor(value) and value.ndim}
+        outputs = SimpleNamespace(**{name: first(value) for name, value in of_rows.items() if len(value) == len(mask)})
+        # TRL's means are over the batches of all processes, repeated pairs and all: it is asked about these alone
+        alone = copy.copy(self)
+        alone.accelerator, alone._metrics = OneProcess(self.accelerator), {"eval": defaultdict(list)}
+        asked = {"input_ids": first(inputs["input_ids"]), "completion_mask": first(mask)}
+        loss = alone._loss(outputs, tuple(side[:fresh] for side in reference), asked)
+        chosen, rejected = (side[:, 1:].sum().item() for side in asked["completion_mask"].chunk(2))
+        tokens = {"entropy": chosen + rejected, "logits/rejected": rejected}
+        tokens |= dict.fromkeys(("logits/chosen", "mean_token_accuracy", "nll_loss"), chosen)
+        self._means.add("loss", loss.item(), fresh)
+        for name, (value,) in alone._metrics["eval"].items():
+            self._means.add(name, value, tokens.get(name, fresh))
+        return loss
 
     def _pairs(self, inputs: dict[str, Any]) -> PairsApart | PairsShared:
         """The batch, with its images encoded once for all forwards that may share them."""
@@ -179,29 +208,19 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
     def _count_flips(self, here: dict[str, Tensor], there: dict[str, Tensor], inputs: dict[str, Any]) -> None:
         ids = inputs["input_ids"]
         vision = torch.zeros_like(ids) if self.modality is None else moe_mm_token_type_ids(ids, self.modality)
-        real = inputs["attention_mask"].bool()
+        pairs = len(inputs["completion_mask"]) // 2
+        fresh = torch.arange(pairs, device=ids.device) < fresh_rows(self.accelerator, pairs)
+        real = inputs["attention_mask"].bool() & fresh.repeat(len(ids) // pairs)[:, None]
         for pool, (flipped, total) in expert_flips(here, there, real=real, vision=vision.bool()).items():
-            before = self._flips.get(pool, (0, 0))
-            self._flips[pool] = (before[0] + flipped, before[1] + total)
+            self._means.add(f"routing/flips_{pool}", flipped / max(total, 1), total)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's log. Of an evaluation, values are means over pairs, not means over batches of means."""
+        """TRL's log. Of an evaluation, values are means over the pairs or tokens of all processes, each counted once,
+        not means over batches of means."""
         if "eval_loss" in logs:
-            own = torch.tensor(
-                [self._eval_loss, *self._eval_pairs], dtype=torch.float64, device=self.accelerator.device
-            )
-            total, *counts = self.accelerator.reduce(own, reduction="sum").tolist()
-            pairs = sum(counts)
-            logs["eval_loss"] = total / pairs
-            for name, values in self._metrics["eval"].items():
-                if len(values) == len(self._eval_pairs):
-                    weighted = zip(values, counts, strict=True)
-                    self._metrics["eval"][name] = [sum(value * count for value, count in weighted) / pairs]
-            for pool in sorted(set(gather_object(list(self._flips)))):
-                own = torch.tensor(self._flips.get(pool, (0, 0)), device=self.accelerator.device)
-                flipped, total = self.accelerator.reduce(own, reduction="sum").tolist()
-                self._metrics["eval"][f"routing/flips_{pool}"] = [flipped / max(total, 1)]
-            self._eval_pairs, self._eval_loss, self._flips = [], 0.0, {}
+            means = self._means.over_processes()
+            logs["eval_loss"] = means.pop("loss")
+            self._metrics["eval"].update({name: [value] for name, value in means.items()})
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

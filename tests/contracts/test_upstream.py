@@ -252,6 +252,13 @@ def test_correction_biases_still_come_back_trainable(checkpoints):
     assert biases and all(bias.requires_grad for bias in biases)
 
 
+def test_peft_still_keeps_targets_in_a_set():
+    """models.experts.names_in_order puts them in order, so that they are written alike by every process of Python."""
+    from peft import LoraConfig
+
+    assert isinstance(LoraConfig(target_modules=["q_proj", "k_proj"]).target_modules, set)
+
+
 def test_peft_still_rewrites_the_targets_of_the_text_family(checkpoints):
     """models.adapters names the dense and shared MLPs as parameters; when this fails it may name modules."""
     from peft import LoraConfig, get_peft_model
