@@ -256,7 +256,7 @@ def by_hand(folder: Path) -> None:
     cases = ["sft-all", *(f"lora-{scope}" for scope in SCOPES), "lora-vision+checkpointing", "lora-attention+streaming"]
     cases += ["dpo-adapter", "dpo-weights", "upo-adapter", "lora-adapter+continued", "dpo-adapter+continued"]
     cases += ["upo-adapter+continued", "sft-all+bfloat16"]
-    sharded = [f"fsdp2:{case}" for case in cases]
+    sharded = [f"{way}:{case}" for way in ("fsdp2", "ep") for case in cases] + ["tp:sft-all"]
     four = [case for case in cases + sharded if case.endswith(("sft-all", "dpo-adapter", "upo-adapter"))]
     for processes, chosen in ((2, cases + sharded), (4, four)):
         for some in (chosen[start : start + 7] for start in range(0, len(chosen), 7)):
@@ -267,7 +267,7 @@ def by_hand(folder: Path) -> None:
             for case in some:
                 found = apart(run_dir(case, folder, 1), run_dir(case, folder, processes))
                 print(f"{case:34} {processes} processes: {found:.1e}", flush=True)
-    for case in ("fsdp2:sft-all", "fsdp2:dpo-adapter"):
+    for case in ("fsdp2:sft-all", "fsdp2:dpo-adapter", "ep:sft-all", "ep:dpo-adapter"):
         for processes in (1, 4):
             goes_on(case, folder, model, 10, after=4, processes=processes)
             found = apart(run_dir(case, folder, 2), run_dir(case, folder, processes, resume=True))
