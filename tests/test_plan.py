@@ -221,6 +221,9 @@ def test_what_several_gpus_share():
     assert (zero2.weights, zero2.optimizer) == (one.weights, one.optimizer / 4)
     assert one.weights / 4 < fsdp.weights < one.weights / 3 and fsdp.adapters == one.adapters / 4
     assert of("zero3", 4) == fsdp
+    ep = of("ep", 4)
+    assert one.weights / 4 < ep.weights < fsdp.weights  # no experts are gathered
+    assert (ep.adapters, ep.optimizer, ep.gradients) == (one.adapters, one.optimizer, one.gradients)
 
 
 def test_bits_and_context_by_hand():

@@ -50,14 +50,16 @@ class Memory:
 def memory(setting: Setting, anatomy: Anatomy, shape: Shape) -> Memory:
     """Of a run with this setting."""
     share = 1 / setting.gpus
-    whole_weights = share if setting.strategy in ("fsdp", "zero3") else 1.0
-    states = 1.0 if setting.strategy == "ddp" else share
+    whole_weights = share if setting.strategy in ("fsdp", "zero3", "ep") else 1.0
+    # put on dealt-out experts, adapters are whole everywhere
+    whole_adapters = 1.0 if setting.strategy == "ep" else whole_weights
+    states = 1.0 if setting.strategy == "ddp" or (setting.strategy == "ep" and setting.is_adapter) else share
 
     base = weight_bytes(anatomy, setting)
     weights = base * whole_weights
     if whole_weights < 1:
         weights += _largest_layer(anatomy, setting)  # gathered while it computes
-    adapters = setting.trainable * 4.0 * (1 + setting.copies) * whole_weights if setting.is_adapter else 0.0
+    adapters = setting.trainable * 4.0 * (1 + setting.copies) * whole_adapters if setting.is_adapter else 0.0
     gradients = _trained_bytes(anatomy, setting) * states
     if setting.gpus > 1 and setting.strategy == "ddp":
         gradients *= 2  # the buckets in which they are reduced
@@ -101,6 +103,8 @@ def _bits(tensor: Tensor, setting: Setting) -> float:
 def _largest_layer(anatomy: Anatomy, setting: Setting) -> float:
     layers: dict[tuple[str, int | None], float] = {}
     for tensor in anatomy.tensors:
+        if setting.strategy == "ep" and tensor.kind == "fused":
+            continue  # experts stay where they are
         stack = "tower" if tensor.part == "vision_tower" else "decoder"
         key = (stack, tensor.layer) if tensor.layer is not None else (tensor.name, None)
         layers[key] = layers.get(key, 0.0) + tensor.size * _bits(tensor, setting) / 8
@@ -131,10 +135,8 @@ def _pixels(setting: Setting, shape: Shape) -> float:
 
 
 def _scored(setting: Setting) -> int:
-    """Positions that the head scores: of rollouts the completions, but all of them where there is no Triton."""
-    if setting.device == "cpu" or not setting.completion:
-        return setting.positions
-    return setting.rows * setting.completion
+    """Positions that the head scores: of rollouts the completions, otherwise all of them, which may all be trained."""
+    return setting.rows * setting.completion if setting.completion else setting.positions
 
 
 def _head(setting: Setting, shape: Shape) -> float:

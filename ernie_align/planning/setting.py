@@ -10,7 +10,7 @@ from ernie_align.models.scopes import Target
 from ernie_align.recipe import Recipe
 from ernie_align.stages import STAGES
 
-Strategy = Literal["ddp", "fsdp", "zero2", "zero3"]
+Strategy = Literal["ddp", "fsdp", "ep", "zero2", "zero3"]
 Device = Literal["gpu", "cpu"]
 
 # TRL's and transformers' defaults of the keys that matter here.
