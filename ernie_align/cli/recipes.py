@@ -29,9 +29,7 @@ def plan(
     overrides: Overrides = None,
     gpu: Annotated[str, typer.Option(help="80GB, or a name such as H100.")] = "80GB",
     gpus: Annotated[int, typer.Option(min=1)] = 1,
-    strategy: Annotated[
-        str, typer.Option(help="How several GPUs share the work: ddp, fsdp, ep, zero2, zero3.")
-    ] = "ddp",
+    strategy: Annotated[str, typer.Option(help="How several GPUs share: ddp, fsdp, ep, zero2, zero3.")] = "ddp",
     base_bits: Annotated[int | None, typer.Option(help="Of a frozen base: 16, 8, 4 or 2. A calculation only.")] = None,
     vision_share: Annotated[float, typer.Option(min=0, max=1, help="Share of a row that is image tokens.")] = 0.5,
     context: Annotated[int | None, typer.Option(min=1, help="One more context for the calculator.")] = None,
