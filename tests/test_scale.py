@@ -17,6 +17,7 @@ RESUMED = ["fsdp2:sft-all", "fsdp2:lora-vision+checkpointing"]
 BFLOAT16 = "fsdp2:sft-all+bfloat16"
 CONTINUED = ["fsdp2:lora-adapter+continued", "fsdp2:dpo-adapter+continued"]
 CASES = ["sft-all", "dpo-adapter", "upo-adapter", *RESUMED, "fsdp2:dpo-adapter", "fsdp2:upo-adapter", *CONTINUED]
+CASES.append("fsdp2:dpo-weights")  # its reference is whole on each process, and touches nothing
 STEPS = 3
 TOKENS = ("eval_loss", "eval_mean_token_accuracy")
 PAIRS = ("entropy", "rewards/chosen", "rewards/accuracies", "rewards/margins", "logps/rejected", "logits/chosen")
