@@ -100,9 +100,9 @@ def recipe(case: str, folder: Path, model: Path, processes: int, steps: int, res
         "train_sampling_strategy": "sequential",
         "gradient_checkpointing": what.endswith("checkpointing"),
         "learning_rate": 3e-4,
-        # Adam divides a gradient by its own size: one of 1e-8, which is rounding, moves its weight by the whole
-        # learning rate, either way, and in the next step a token turns to another expert that all but ties. From 1e-5
-        # up, gradients here are well above their rounding (6e-8 at most).
+        # Adam divides a gradient by its own size: one of 1e-8, a good part of which is rounding, moves its weight by
+        # half the learning rate, and in the next step a token turns to another expert that all but ties. From 1e-5 up,
+        # gradients here are well above their rounding (6e-8 at most).
         "adam_epsilon": 1e-5,
     }
     if what.endswith("+streaming"):

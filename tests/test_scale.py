@@ -16,8 +16,9 @@ BOUND = 1e-5
 RESUMED = ["fsdp2:sft-all", "fsdp2:lora-vision+checkpointing", "ep:sft-all", "ep:lora-vision+checkpointing"]
 BFLOAT16 = "fsdp2:sft-all+bfloat16"
 CONTINUED = ["fsdp2:lora-adapter+continued", "fsdp2:dpo-adapter+continued"]
-CASES = ["sft-all", "dpo-adapter", "upo-adapter", *RESUMED, "fsdp2:dpo-adapter", "fsdp2:upo-adapter+early", *CONTINUED]
-CASES += ["ep:lora-text_experts", "ep:dpo-adapter", "ep:upo-adapter+early", "tp:sft-all"]
+CASES = ["sft-all", "dpo-adapter", "upo-adapter", *RESUMED, "fsdp2:upo-adapter+early", *CONTINUED]
+CASES.append("fsdp2:dpo-weights")  # its reference is whole on each process, and touches nothing
+CASES += ["ep:dpo-adapter", "ep:upo-adapter+early", "tp:sft-all"]
 STEPS = 3
 TOKENS = ("eval_loss", "eval_mean_token_accuracy")
 PAIRS = ("entropy", "rewards/chosen", "rewards/accuracies", "rewards/margins", "logps/rejected", "logits/chosen")

@@ -90,6 +90,8 @@ def expert_flips(
     for name, calls in policy.items():
         pool = "vision" if ".vision_moe." in name else "text"
         own = vision if pool == "vision" else ~vision
+        if not own.any():  # one of the two may have touched the pool, for the sake of other processes (models.touch)
+            continue
         here, there = _by_position(calls, own), _by_position(reference[name], own)
         counted = real & own & (here[..., 0] >= 0) & (there[..., 0] >= 0)
         other = (here != there).any(dim=-1) & counted
