@@ -105,7 +105,10 @@ def planned(recipe: Any) -> dict[str, float]:
     device = "gpu" if torch.cuda.is_available() else "cpu"
     padded = recipe.stage == "upo"  # completions differ in length, the rows made here do not
     vision = min(images, len(ids)) / length
-    setting = replace(setting, tokens=length, vision=vision, device=device, padded=padded)
+    both = "chosen_ids" in example
+    trained = len(example["chosen_ids"] + example["rejected_ids"]) / 2 if both else example.get("trained", 0)
+    scored = trained / length
+    setting = replace(setting, tokens=length, vision=vision, scored=scored, device=device, padded=padded)
     found = memory(setting, anatomy, Shape.of(anatomy, config))
     return {**found.parts(), "over_loaded": found.peak - found.loaded, "tokens": length, "vision": setting.vision}
 

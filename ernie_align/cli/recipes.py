@@ -32,6 +32,7 @@ def plan(
     strategy: Annotated[str, typer.Option(help="How several GPUs share: ddp, fsdp, ep, zero2, zero3.")] = "ddp",
     base_bits: Annotated[int | None, typer.Option(help="Of a frozen base: 16, 8, 4 or 2. A calculation only.")] = None,
     vision_share: Annotated[float, typer.Option(min=0, max=1, help="Share of a row that is image tokens.")] = 0.5,
+    trained_share: Annotated[float, typer.Option(min=0, max=1, help="Share of a row that is trained.")] = 1.0,
     context: Annotated[int | None, typer.Option(min=1, help="One more context for the calculator.")] = None,
     efficiency: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the GPU's peak that is reached.")] = 0.35,
     sweep: Annotated[str | None, typer.Option(help="key=v1,v2: one line for each value instead.")] = None,
@@ -56,6 +57,7 @@ def plan(
         "strategy": strategy,
         "base_bits": base_bits,
         "vision_share": vision_share,
+        "trained_share": trained_share,
         "context": context,
         "efficiency": efficiency,
     }

@@ -135,8 +135,8 @@ def _pixels(setting: Setting, shape: Shape) -> float:
 
 
 def _scored(setting: Setting) -> int:
-    """Positions that the head scores: of rollouts the completions, otherwise all of them, which may all be trained."""
-    return setting.rows * setting.completion if setting.completion else setting.positions
+    """Positions that the head scores: of rollouts the completions, otherwise those that predict a trained token."""
+    return setting.rows * setting.completion if setting.completion else round(setting.positions * setting.scored)
 
 
 def _head(setting: Setting, shape: Shape) -> float:

@@ -75,20 +75,24 @@ def plan(
     strategy: Strategy = "ddp",
     base_bits: int | None = None,
     vision_share: float = _VISION,
+    trained_share: float = 1.0,
     context: int | None = None,
     efficiency: float = EFFICIENCY,
 ) -> Plan:
     """Plan a recipe without loading torch or weights.
 
     gpu: `80GB` or a name of compute.GPUS; strategy: how several share the work; base_bits: of a frozen base;
-    vision_share: of a row's tokens that are image tokens, for a model with vision; context: a further one for the
-    calculator; efficiency: share of the GPU's peak that training reaches.
+    vision_share: of a row's tokens that are image tokens, for a model with vision; trained_share: of them that are
+    trained, all of which the head scores; context: a further one for the calculator; efficiency: share of the GPU's
+    peak that training reaches.
     Raises ModelError where the model is not known, RecipeError for a GPU that is not.
     """
     config, sizes_from = config_of(recipe.model.name, recipe.model.revision, where=recipe.model.where("name"))
     anatomy = Anatomy.from_config(config, where=sizes_from)
     shape = Shape.of(anatomy, config)
-    setting = replace(Setting.of(recipe, anatomy, vision=vision_share), gpus=gpus, strategy=strategy)
+    setting = replace(
+        Setting.of(recipe, anatomy, vision=vision_share), gpus=gpus, strategy=strategy, scored=trained_share
+    )
     if base_bits is not None and setting.is_adapter:
         setting = replace(setting, base_bits=base_bits)
     device = gpu_of(gpu)

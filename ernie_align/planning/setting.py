@@ -28,11 +28,11 @@ class Setting:
     """One recipe on given hardware.
 
     rows: sequences in a forward that learns, on each device (both sides of a pair count); tokens: of each, at most;
-    vision: share of them that are image tokens; trained: sizes by part, of the adapter with LoRA; targets: adapted
-    tensors; copies: of the trained adapter beside it (the reference of one that is gone on with); reference: a second
-    whole model is held; drawn: completions of a rollout on each device, `generations` of each prompt; padded: rows
-    differ in length; flat: and are laid end to end, each attended by itself; shared: a row holds a prompt with both of
-    its answers. LoRA on experts is computed by models.grouped.
+    vision: share of them that are image tokens; scored: share that predicts a trained token; trained: sizes by part, of
+    the adapter with LoRA; targets: adapted tensors; copies: of the trained adapter beside it (the reference of one that
+    is gone on with); reference: a second whole model is held; drawn: completions of a rollout on each device,
+    `generations` of each prompt; padded: rows differ in length; flat: and are laid end to end, each attended by itself;
+    shared: a row holds a prompt with both of its answers. LoRA on experts is computed by models.grouped.
     """
 
     stage: str
@@ -52,6 +52,7 @@ class Setting:
     completion: int = 0
     generations: int = 1
     vision: float = 0.0
+    scored: float = 1.0
     steps: int | None = None
     gpus: int = 1
     strategy: Strategy = "ddp"
