@@ -180,10 +180,12 @@ def work(arm: str, folder: Path, given: argparse.Namespace) -> None:
         questions.answer(**first_step())
     torch.manual_seed(0)
 
-    def timed() -> dict[str, float]:
-        return {**step(), "held": held}
+    values: dict[str, float] = {}
 
-    questions.serve(timed)
+    def timed() -> None:
+        values.update(step())
+
+    questions.serve(timed, lambda: {**values, "held": held})
 
 
 def demand_equal_gradients(folder: Path, arm: str) -> float:

