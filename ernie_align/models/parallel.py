@@ -36,8 +36,8 @@ class LowRankEP(AutoEP):
     def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any):
         super().__init__(experts, ep_mesh, tp_mesh)
         self.frozen, self.experts, self.updates = self.experts_forward, experts, {}
-        for way in filter(None, (self.all_to_all, self.all_reduce)):
-            way.experts_forward = self._compute
+        # the other way there is, of neighbours that share a batch, never meets adapters
+        self.all_to_all.experts_forward = self._compute
         experts.low_rank = self  # where a wrapper finds it
 
     def _compute(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
