@@ -3,8 +3,9 @@
     python -m benchmarks.gpu --arm ours|stock --task sft|dpo [--checkpointing] [--images]
 
 A command is one part and ends within its --minutes: shapes that time or memory do not allow are named, not measured. No
-checkpoint, tokenizer or data is needed. ours and stock are one model with one adapter, with our wrapper and dispatch
-and without; in stock too the routing tensor is derived at the backbone, or its pools would see the wrong tokens.
+checkpoint, tokenizer or data is needed. ours and stock are one model with one adapter and TRL's fused head, with our
+wrapper, dispatch, head and images encoded once, and without; in stock too the routing tensor is derived at the
+backbone, or its pools would see the wrong tokens.
 The share of the matmul peak counts products with weights (frozen ones twice, forward and backward; once more where
 layers are recomputed), not attention scores. `--preset tiny` is for trying this file without a GPU.
 """
@@ -28,6 +29,7 @@ def make_model(preset: str, arm: str, device: str) -> tuple[Any, Any]:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import Ernie4_5_VLMoeConfig, Ernie4_5_VLMoeForConditionalGeneration
+    from trl.trainer.utils import add_fused_lm_head
 
     from ernie_align.models.adapters import lora_config
     from ernie_align.models.anatomy import Anatomy
@@ -57,6 +59,7 @@ def make_model(preset: str, arm: str, device: str) -> tuple[Any, Any]:
     anatomy = Anatomy.from_config(config.to_dict())
     route_by_input_ids(model.model)
     model.requires_grad_(False)
+    add_fused_lm_head(model)
     block = AdapterBlock(scopes=list(SCOPES), rank=8, alpha=16)
     adapter = lora_config(adapter_targets(anatomy, block), block, anatomy)
     if arm == "ours":
@@ -86,28 +89,38 @@ def make_batch(config: Any, rows: int, tokens: int, *, images: bool, device: str
     return {key: value.to(device) for key, value in {"input_ids": ids, "labels": labels, **batch}.items()}
 
 
-def loss_of(model: Any, batch: dict[str, Any], task: str) -> Any:
+def loss_of(model: Any, batch: dict[str, Any], task: str, arm: str) -> Any:
     """SFT: cross-entropy. DPO: the first half of the rows is chosen, the second rejected; the reference is the base."""
+    from contextlib import nullcontext
+
     import torch
 
-    from ernie_align.losses import dpo_sigmoid, token_logps
+    from ernie_align.losses import dpo_sigmoid
+    from ernie_align.models.vision_once import ImagesOnce, backbone_of
+    from ernie_align.stages.head import scoring_labels
+
+    ours = arm == "ours"
+    scored = scoring_labels(model, backbone_of(model)) if ours else model
+    images = ImagesOnce(frozen=True)
+
+    def logps() -> Any:
+        with images.shown(model) if ours else nullcontext():
+            return scored(**batch, fused_lm_head=True, use_cache=False).log_probs
 
     if task == "sft":
-        return model(**batch, use_cache=False).loss
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+        return -logps().sum() / (batch["labels"][:, 1:] != -100).sum()
     with torch.no_grad(), model.disable_adapter():
-        reference = token_logps(model(**inputs, use_cache=False).logits, batch["labels"]).sum(-1)
-    policy = token_logps(model(**inputs, use_cache=False).logits, batch["labels"]).sum(-1)
-    chosen, rejected = (policy - reference).chunk(2)
+        reference = logps().sum(-1)
+    chosen, rejected = (logps().sum(-1) - reference).chunk(2)
     return dpo_sigmoid(chosen, rejected, beta=0.1).mean()
 
 
 def flops_per_token(anatomy: Any, config: Any, task: str, checkpointing: bool) -> float:
-    """Of text: products with the weights that a token meets."""
+    """Of text: products with the weights that a token meets. The head meets every other one."""
     share = config.text_config.moe_k / config.text_config.moe_num_experts
     met = {"attention": 1, "dense_mlp": 1, "shared_experts": 1, "text_experts": share, "text_router": 1}
     active = sum(part * sum(tensor.size for tensor in anatomy.of(name)) for name, part in met.items())
-    active += config.text_config.vocab_size * config.text_config.hidden_size
+    active += config.text_config.vocab_size * config.text_config.hidden_size / 2
     passes = 2 + checkpointing + (task == "dpo")
     return 2 * passes * active
 
@@ -147,7 +160,7 @@ def main() -> None:
             while len(steps) <= given.steps and time.monotonic() < end:
                 with Stopwatch() as watch:
                     optimizer.zero_grad(set_to_none=True)
-                    loss = loss_of(model, batch, given.task)
+                    loss = loss_of(model, batch, given.task, given.arm)
                     loss.backward()
                     optimizer.step()
                 steps.append({"seconds": watch.seconds, "peak": watch.peak, "loss": loss.item()})
