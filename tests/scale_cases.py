@@ -125,7 +125,7 @@ def recipe(case: str, folder: Path, model: Path, processes: int, steps: int, res
         made["adapter"]["path"] = str(folder / "adapter" / "final")
     if what.endswith("+bfloat16"):
         # FSDP2 trains float32 copies and computes in bfloat16, which on one process is asked for in this way
-        copies = bool(sharing) and processes == 1 and not resume
+        copies = sharing == "fsdp2" and processes == 1 and not resume
         made["model"]["dtype"] = "float32" if copies else "bfloat16"
         made["training"]["bf16"] = True
     if stage == "upo":
