@@ -31,7 +31,7 @@ clean-demo:
 
 # one thread per worker: more of them than cores stand in each other's way
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # the walkthroughs, from a clean kernel in a clean folder, one after the other; one thread, as models this small want no more
 test-examples: setup

@@ -274,13 +274,13 @@ def by_hand(folder: Path) -> None:
             print(f"{case:34} checkpoint of 2 on {processes}: {found:.1e}", flush=True)
 
 
-def goes_on(case: str, folder: Path, model: Path, steps: int, *, after: int, processes: int, begun: int = 2) -> Path:
-    """What so many processes began, up to a checkpoint, gone on with on others. Returns the run directory."""
+def goes_on(case: str, folder: Path, model: Path, steps: int, *, after: int, processes: int) -> Path:
+    """What two processes did up to a checkpoint, gone on with on one or four. Returns the run directory."""
     from tests.test_resume import stopped_after
 
     again = run_dir(case, folder, processes, resume=True)
     shutil.rmtree(again, ignore_errors=True)
-    stopped_after(after, run_dir(case, folder, begun), again)
+    stopped_after(after, run_dir(case, folder, 2), again)
     if processes == 1:
         run_case(case, folder, model, steps, resume=True)
     else:

@@ -10,6 +10,9 @@ from ernie_align import export
 from tests import scale_cases
 from tests.conftest import logged, tensors_of
 from tests.scale_cases import apart, goes_on, run_case, run_dir
+from tests.test_resume import stopped_after
+
+pytestmark = pytest.mark.xdist_group("scale")  # processes are started once, not by each worker
 
 # What is left of two orders of summation in float32 after four steps, at a loss of 7.
 BOUND = 1e-5
@@ -78,17 +81,16 @@ def test_one_process_goes_on_where_two_stopped(folder, checkpoints, case):
     assert (again / "final" / "config.json").exists() != (":lora" in case)
 
 
-def test_four_processes_go_on_where_two_stopped(folder, checkpoints):
-    case = RESUMED[0]
-    again = goes_on(case, folder, checkpoints["vl_moe"], STEPS, after=2, processes=4)
-    assert apart(run_dir(case, folder, 2), again) <= BOUND
-
-
-def test_two_processes_go_on_where_one_stopped(folder, checkpoints):
-    """Dealt-out experts are elsewhere in the optimizer, and a group of their own."""
-    case = "ep:sft-all"
-    again = goes_on(case, folder, checkpoints["vl_moe"], STEPS, after=2, processes=2, begun=1)
-    assert apart(run_dir(case, folder, 1), again) <= BOUND
+def test_four_processes_go_on_where_others_stopped(folder, checkpoints):
+    """Two, of shards, and one: dealt-out experts are elsewhere in its optimizer, and a group of their own in that of
+    four."""
+    sharded, dealt_out = "fsdp2:sft-all", "ep:sft-all"
+    run_case(dealt_out, folder, checkpoints["vl_moe"], STEPS)
+    for case, begun in ((sharded, 2), (dealt_out, 1)):
+        stopped_after(2, run_dir(case, folder, begun), run_dir(case, folder, 4, resume=True))
+    scale_cases.launch(folder, checkpoints["vl_moe"], 4, [sharded, dealt_out], steps=STEPS, resume=True)
+    for case in (sharded, dealt_out):
+        assert apart(run_dir(case, folder, 2), run_dir(case, folder, 4, resume=True)) <= BOUND
 
 
 @pytest.mark.parametrize("case", [*RESUMED, *CONTINUED])

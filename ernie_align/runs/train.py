@@ -266,7 +266,7 @@ def _lines_logged(checkpoint: Path) -> int:
     return len(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"])
 
 
-def _load(setup: Setup, checkpoint: Path | None, parallel: Parallel | None) -> Bundle:
+def _load(setup: Setup, checkpoint: Path | None, parallel: Parallel | None = None) -> Bundle:
     from transformers import set_seed
 
     block = setup.recipe.model
