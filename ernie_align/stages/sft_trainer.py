@@ -12,7 +12,7 @@ from trl import SFTTrainer
 from ernie_align.data.render import IGNORED
 from ernie_align.models.seal import beside
 from ernie_align.models.vision_once import ImagesOnce, backbone_of, vision_is_frozen
-from ernie_align.stages.evaluated import fresh_rows
+from ernie_align.stages.evaluated import Means, fresh_rows
 from ernie_align.stages.head import scoring_labels
 from ernie_align.stages.sharded import ShardedTrainer
 from ernie_align.stages.watch import Watch
@@ -31,7 +31,7 @@ class SupervisedTrainer(ShardedTrainer, SFTTrainer):
         # micro-batches of one row weigh their tokens unlike one batch of four rows.
         self.model_accepts_loss_kwargs = True
         self.vision_is_frozen = vision_is_frozen(self.model)
-        self._eval_sums = torch.zeros(3, dtype=torch.float64)  # loss, right tokens, tokens
+        self._means = Means()  # of the evaluation so far
 
     def _send_telemetry(self) -> None:
         """Nothing is sent: a run reaches only the hub ids that its recipe names."""
@@ -76,14 +76,13 @@ class SupervisedTrainer(ShardedTrainer, SFTTrainer):
 
     def _count_evaluated(self, loss: float, right: float, labels: torch.Tensor) -> None:
         tokens = (labels[:, 1:] != IGNORED).sum().item()
-        self._eval_sums += torch.tensor([loss * tokens, right, tokens], dtype=torch.float64)
+        self._means.add("loss", loss, tokens)
+        self._means.add("mean_token_accuracy", right / max(tokens, 1), tokens)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log. Of an evaluation, loss and accuracy are means over tokens, not means over batches of means."""
         if "eval_loss" in logs:
-            sums = self.accelerator.reduce(self._eval_sums.float().to(self.accelerator.device), reduction="sum")
-            loss, right, tokens = sums.tolist()
-            logs["eval_loss"] = loss / tokens
-            self._metrics["eval"]["mean_token_accuracy"] = [right / tokens]
-            self._eval_sums.zero_()
+            means = self._means.over_processes()
+            logs["eval_loss"] = means.pop("loss")
+            self._metrics["eval"].update({name: [value] for name, value in means.items()})
         super().log(logs, start_time)
