@@ -85,7 +85,8 @@ def test_four_processes_go_on_where_others_stopped(folder, checkpoints):
     """Two, of shards, and one: dealt-out experts are elsewhere in its optimizer, and a group of their own in that of
     four."""
     sharded, dealt_out = "fsdp2:sft-all", "ep:sft-all"
-    run_case(dealt_out, folder, checkpoints["vl_moe"], STEPS)
+    if not run_dir(dealt_out, folder, 1).exists():
+        run_case(dealt_out, folder, checkpoints["vl_moe"], STEPS)
     for case, begun in ((sharded, 2), (dealt_out, 1)):
         stopped_after(2, run_dir(case, folder, begun), run_dir(case, folder, 4, resume=True))
     scale_cases.launch(folder, checkpoints["vl_moe"], 4, [sharded, dealt_out], steps=STEPS, resume=True)
