@@ -46,7 +46,7 @@ class LowRankEP(AutoEP):
             return self.frozen(hidden, top_k_index, top_k_weights)
         first = self.ep_mesh.get_local_rank() * self.num_local_experts
         own = slice(first, first + self.num_local_experts)
-        updates = {name: LowRank(a[own], b[own]) for name, (a, b) in self.updates.items()}
+        updates = {name: LowRank(a[own], b[own], scaling) for name, (a, b, scaling) in self.updates.items()}
         return low_rank_experts(
             self.experts,
             hidden,
