@@ -16,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 
@@ -54,6 +55,11 @@ class ShardedTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Trainer's. An adapter is loaded before it is sharded; a model was built from its checkpoint (runs.train)."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                # What a forward before training has gathered outside the layers stays so: the optimizer would take
+                # those weights for the model's own, and train what nobody keeps.
+                module.reshard()
         if self.is_fsdp_enabled and resume_from_checkpoint and hasattr(self.model, "peft_config"):
             super()._load_from_checkpoint(resume_from_checkpoint, self.model)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
