@@ -145,9 +145,13 @@ class ParamWrapper(lora.ParamWrapper):
         return LowRank(*(torch.cat(factors, dim=1) for factors in zip(*parts, strict=True)))
 
     def _factors(self, adapter: str) -> LowRank:
-        """PEFT keeps A as (E·r, in) and B as (out, r·E), in float32 also where the experts are bfloat16."""
-        a = self.lora_A[adapter].weight.view(self.num_experts, self.r[adapter], -1) * self.scaling[adapter]
-        b = self.lora_B[adapter].weight.view(-1, self.r[adapter], self.num_experts).permute(2, 1, 0)
+        """PEFT keeps A as (E·r, in) and B as (out, r·E), in float32 also where the experts are bfloat16.
+
+        Of dealt-out experts, those of this process."""
+        experts = self.get_base_layer()
+        own = experts.low_rank.own if experts._is_expert_parallel else slice(None)
+        a = self.lora_A[adapter].weight.view(self.num_experts, self.r[adapter], -1)[own] * self.scaling[adapter]
+        b = self.lora_B[adapter].weight.view(-1, self.r[adapter], self.num_experts).permute(2, 1, 0)[own]
         rows = -self.r[adapter] % 8  # the kernels want strides of 16 bytes, of bfloat16 too
         a, b = (pad(factor, (0, 0, 0, rows)) if rows else factor for factor in (a, b))
         dtype = self.get_param().dtype
