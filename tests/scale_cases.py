@@ -234,6 +234,35 @@ def run_case(case: str, folder: Path, model: Path, steps: int, *, resume: bool =
             assert AcceleratorState().is_fsdp2 and torch.distributed.get_world_size() == processes
 
 
+@contextmanager
+def held_is_written(run: Path) -> Iterator[None]:
+    """While it lasts, each step of an optimizer writes what this process holds: values of trained weights, of their
+    gradients and of their moments, and `whole`, what all of these weights come to, name by name."""
+    from torch.distributed.tensor import DTensor
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    def local(tensor: Any) -> int:
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel()
+
+    def write(optimizer: Any, args: Any, kwargs: Any) -> None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        moments = [value for weight in weights for value in optimizer.state[weight].values() if value.ndim]
+        held = {
+            "whole": [list(weight.shape) for weight in weights],
+            "weights": [local(weight) for weight in weights],
+            "gradients": sum(local(weight.grad) for weight in weights if weight.grad is not None),
+            "moments": sum(map(local, moments)),
+        }
+        if held["gradients"]:
+            (run / f"held-{os.environ['RANK']}.json").write_text(json.dumps(held))
+
+    handle = register_optimizer_step_post_hook(write)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def apart(one: Path, other: Path, key: str = "loss") -> float:
     """How far the losses of two runs are from each other at most."""
     pairs = zip(logged(one, key), logged(other, key), strict=True)
@@ -301,8 +330,10 @@ def main() -> None:
     torch.multinomial = draw_by_place
     torch.distributed.init_process_group("gloo")
     folder, model, steps, how, *cases = sys.argv[1:]
+    processes = torch.distributed.get_world_size()
     for case in cases:
-        run_case(case, Path(folder), Path(model), int(steps), resume=how == "resume")
+        with held_is_written(run_dir(case, Path(folder), processes, how == "resume")):
+            run_case(case, Path(folder), Path(model), int(steps), resume=how == "resume")
 
 
 if __name__ == "__main__":

@@ -53,13 +53,15 @@ def load_model(
     where: str = "",
     weights: str | None = None,
     parallel: Parallel | None = None,
+    adapters: bool = False,
 ) -> Bundle:
     """Load a checkpoint of one of the three families, or an adapter and the base it names.
 
     name: folder or hub id; dtype: of the weights, `auto` for the checkpoint's own
     (routers and correction biases stay float32); where: what an error
     about the name should point at; weights: a folder to take the weights from instead (a checkpoint of a run), the
-    rest coming from `name`; parallel: share the model out over the processes so (no adapter that is already there).
+    rest coming from `name`; parallel: share the model out over the processes so (no adapter that is already there);
+    adapters: they will be put on, and FSDP2 comes after them (models.parallel.spread).
     Raises ModelError for other models, missing weights, and anything that differs from the family's anatomy.
     """
     from ernie_align.models.documents import keep_documents_apart
@@ -75,7 +77,7 @@ def load_model(
     if parallel:
         from ernie_align.models.parallel import share_out
 
-        share_out(model, parallel, anatomy.family, where=where or name)
+        share_out(model, parallel, adapters=adapters, where=where or name)
     bundle = Bundle(model, anatomy, files, tokenizer, processor=tokenizer, weights=weights, parallel=parallel)
     if anatomy.has_vision:
         from ernie_align.models.dispatch import dispatch_by_rows

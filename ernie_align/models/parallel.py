@@ -4,14 +4,15 @@ FSDP2 fetches all experts of a layer for whichever tokens a process has. With ex
 own experts of both pools for good, and tokens travel to them instead. What is left of the model is spread by FSDP2, or,
 with tensor parallelism, cut within each matrix over neighbours that share a batch.
 
-Adapters are put on afterwards and are whole on every process. Each process applies its own experts' share of them.
+Adapters are put on once the experts are dealt out, and FSDP2 comes last: so it spreads them too, layer by layer, as it
+does all that is no expert. Each process applies its own experts' share of what it has gathered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,14 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.distributed.expert_parallel import AutoEP, EPImplementationInterface
+from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
 
 from ernie_align.errors import ModelError
 from ernie_align.models.grouped import LowRank, low_rank_experts
 from ernie_align.models.sharding import UNITS, Parallel
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 _LOW_RANK = "ernie_align_low_rank"  # in transformers' registry of ways to bring experts their tokens
 
@@ -30,12 +35,15 @@ _LOW_RANK = "ernie_align_low_rank"  # in transformers' registry of ways to bring
 class LowRankEP(AutoEP):
     """transformers' exchange of tokens. What the experts of this process then compute has their adapters in it.
 
-    updates: of `gate_up_proj` and `down_proj`, of all experts; set while a wrapper's forward lasts.
+    own: which of all experts are here; updates: theirs, of `gate_up_proj` and `down_proj`; set while a wrapper's
+    forward lasts.
     """
 
     def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any):
         super().__init__(experts, ep_mesh, tp_mesh)
         self.frozen, self.experts, self.updates = self.experts_forward, experts, {}
+        first = ep_mesh.get_local_rank() * self.num_local_experts
+        self.own = slice(first, first + self.num_local_experts)
         # the other way there is, of neighbours that share a batch, never meets adapters
         self.all_to_all.experts_forward = self._compute
         experts.low_rank = self  # where a wrapper finds it
@@ -44,16 +52,13 @@ class LowRankEP(AutoEP):
         """Rows that came, with numbers of experts among those here."""
         if not self.updates:
             return self.frozen(hidden, top_k_index, top_k_weights)
-        first = self.ep_mesh.get_local_rank() * self.num_local_experts
-        own = slice(first, first + self.num_local_experts)
-        updates = {name: LowRank(a[own], b[own], scaling) for name, (a, b, scaling) in self.updates.items()}
         return low_rank_experts(
             self.experts,
             hidden,
             top_k_index,
             top_k_weights,
-            gate_up=updates.get("gate_up_proj"),
-            down=updates.get("down_proj"),
+            gate_up=self.updates.get("gate_up_proj"),
+            down=self.updates.get("down_proj"),
         )
 
     @contextmanager
@@ -66,10 +71,19 @@ class LowRankEP(AutoEP):
             self.updates = {}
 
 
-def share_out(model: PreTrainedModel, parallel: Parallel, family: str, *, where: str) -> None:
+class _ExpertsFirst(DistributedConfig):
+    """What transformers is told while adapters are still to come: it spreads nothing over batches of their own."""
+
+    @property
+    def dp_size(self) -> int:
+        return 1
+
+
+def share_out(model: PreTrainedModel, parallel: Parallel, *, adapters: bool, where: str) -> None:
     """Cut a whole model and keep this process's part of it. Every process calls it with the same weights.
 
-    parallel: as judged by models.sharding. Raises ModelError where attention cannot be cut so.
+    parallel: as judged by models.sharding; adapters: they are put on next, and FSDP2 waits for them (`spread`).
+    Raises ModelError where attention cannot be cut so.
     """
     heads = model.config.get_text_config().num_key_value_heads
     if heads % parallel.tp_size:
@@ -89,11 +103,35 @@ def share_out(model: PreTrainedModel, parallel: Parallel, family: str, *, where:
     both = (model.get_input_embeddings(), model.get_output_embeddings())
     apart = {name for name, module in model.named_modules() if module in both}
     model.tp_plan = {name: style for name, style in model.tp_plan.items() if name not in apart}
-    names = {name for name, module in model.named_modules() if type(module).__name__ in UNITS[family].layers}
-    model.fsdp_plan = dict.fromkeys(sorted(names), "free_full_weight")
+    if adapters:
+        model.maybe_distribute_model(model, _ExpertsFirst.from_dict(config.to_dict()), meshes)
+        model.config.distributed_config = config
+        return
+    model.fsdp_plan = _units(model)
     # Not while it is loaded: cut by FSDP2, a hub checkpoint's joined routers are split wrongly (transformers 5.23).
     model.maybe_distribute_model(model, config, meshes)
     if config.dp_size > 1:
         register_fsdp_forward_method(model, "generate")  # which encodes images before it calls the model
     else:
         model.to(meshes.get_mesh("tp").device_type)  # FSDP2 does so itself
+
+
+def spread(model: PeftModel) -> None:
+    """FSDP2 over a model whose experts were dealt out for adapters, with all its adapters on. Parameters become others
+    of the same names; dealt-out experts stay where they are.
+
+    Routers are no units apart: adapters are of one dtype, and PEFT adds one to a router's weight outside the router.
+    """
+    base = model.get_base_model()
+    pools = {name for units in UNITS.values() for name in units.experts}
+    experts = [name for name, module in base.named_modules() if type(module).__name__ in pools]
+    plan = dict.fromkeys(experts, "ep_dispatch_experts")
+    apply_fully_sharded_data_parallelism(base, base._mesh_manager, _units(base), plan)
+    register_fsdp_forward_method(base, "generate")  # which encodes images before it calls the model
+
+
+def _units(model: nn.Module) -> dict[str, str]:
+    """transformers' plan for FSDP2: decoder layers and vision blocks, each fetched for itself."""
+    layers = {name for units in UNITS.values() for name in units.layers}
+    names = (name for name, module in model.named_modules() if type(module).__name__ in layers)
+    return dict.fromkeys(sorted(names), "free_full_weight")

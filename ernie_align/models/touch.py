@@ -37,6 +37,12 @@ def are_shared_out(*modules: nn.Module) -> bool:
     return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in weights)
 
 
+def are_frozen(*modules: nn.Module) -> bool:
+    """Nothing in these modules is trained or adapted, whichever adapter is on."""
+    named = [pair for module in modules for pair in module.named_parameters()]
+    return not any(weight.requires_grad or ".lora_" in name for name, weight in named)
+
+
 def touch_vision(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of an `Ernie4_5_VLMoeModel`: where no image is shown, none of the smallest one is.
 
@@ -59,7 +65,10 @@ def touch_vision(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
     device = kwargs["input_ids"].device
     patch = tower.patch_embed
     pixels = torch.zeros(side * side, patch.in_channels * patch.patch_size**2, device=device)
-    seen = backbone.get_image_features(pixels, torch.tensor([[1, side, side]], device=device), return_dict=True)
+    # A frozen tower takes images without gradient (models.vision_once). Embeddings made to require gradients for
+    # checkpointing would send a backward through this one alone, and fetch shards that no other process asks for.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not are_frozen(tower, resampler)):
+        seen = backbone.get_image_features(pixels, torch.tensor([[1, side, side]], device=device), return_dict=True)
     seen.pooler_output = tuple(tokens[:0] for tokens in seen.pooler_output)
     kwargs["mm_encoder_outputs"] = {"image": seen}
     return args, kwargs

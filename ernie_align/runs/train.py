@@ -281,6 +281,7 @@ def _load(setup: Setup, checkpoint: Path | None, parallel: Parallel | None = Non
         # is built from the checkpoint, and what Trainer then finds changes nothing
         weights=str(checkpoint) if holds_model else None,
         parallel=parallel,
+        adapters=getattr(setup.recipe, "adapter", None) is not None,
     )
     set_seed(setup.recipe.run.seed)  # a fresh adapter is drawn at random
     trained = setup.stage.wrap(setup.recipe, bundle)

@@ -61,6 +61,7 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
         if REFERENCE_ADAPTER in getattr(self.model, "peft_config", {}) and not keeps_adapter:
             # TRL copies any adapter it is handed. Behind a fresh one the reference is the model without adapters.
             self.model.delete_adapter(REFERENCE_ADAPTER)
+        self.spread_adapters()
         self.watch = Watch(self.model, row_name)
         self.reference_watch = Watch(self.ref_model, row_name) if self.ref_model is not None else self.watch
         self.modality = ModalityTokens.from_config(self.model.config)

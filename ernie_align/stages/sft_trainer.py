@@ -26,6 +26,7 @@ class SupervisedTrainer(ShardedTrainer, SFTTrainer):
 
     def __init__(self, *args: Any, row_name: Callable[[int, int], str], **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.spread_adapters()
         self.watch = Watch(self.model, row_name)
         # The VL class says accepts_loss_kwargs=False, which would average the means of micro-batches: with it, four
         # micro-batches of one row weigh their tokens unlike one batch of four rows.

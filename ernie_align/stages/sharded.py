@@ -10,13 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
+
+from ernie_align.errors import ModelError
+from ernie_align.models.parallel import spread
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 SHARDED = "sharded"
 
@@ -39,8 +47,19 @@ class ShardedTrainer(Trainer):
         """Whether the model was shared out before the trainer got it (models.parallel)."""
         return self.is_distributed_loading_by_transformers
 
+    def spread_adapters(self) -> None:
+        """Once all adapters are on the model, those of its reference too, and before it is asked anything: FSDP2 of a
+        model whose experts were dealt out for them. Nothing is done to any other."""
+        if self._owns_its_shards and hasattr(self.model, "peft_config"):
+            spread(self.model)
+
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Trainer's. An adapter is loaded before it is sharded; a model was built from its checkpoint (runs.train)."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                # What a forward before training has gathered outside the layers stays so: the optimizer would take
+                # those weights for the model's own, and train what nobody keeps.
+                module.reshard()
         if self.is_fsdp_enabled and resume_from_checkpoint and hasattr(self.model, "peft_config"):
             super()._load_from_checkpoint(resume_from_checkpoint, self.model)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -73,8 +92,9 @@ class ShardedTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        adapter = hasattr(self.model, "peft_config")  # whole on every process, where the model owns its shards
-        if not self.is_fsdp_enabled and (adapter or not self._owns_its_shards):
+        if self._owns_its_shards and hasattr(self.model, "peft_config"):
+            load_adapter_state(self.model, Path(resume_from_checkpoint))
+        elif not (self.is_fsdp_enabled or self._owns_its_shards):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -112,6 +132,29 @@ def _as_if_whole(config: Any) -> Iterator[None]:
         yield
     finally:
         config.distributed_config = shared_out
+
+
+def load_adapter_state(model: PeftModel, folder: Path) -> None:
+    """A checkpoint's adapter into the active one, which is spread over the processes. Raises ModelError where the two
+    have not the same weights."""
+    (adapter,) = model.active_adapters
+    own = {
+        name.replace(f".{adapter}.", "."): weight
+        for name, weight in model.named_parameters()
+        if ".lora_" in name and f".{adapter}." in name
+    }
+    kept = load_file(folder / "adapter_model.safetensors")
+    odd = sorted(
+        name
+        for name in own.keys() | kept.keys()
+        if name not in own or name not in kept or own[name].shape != kept[name].shape
+    )
+    if odd:
+        what = f"{len(odd)} tensors are not those of the adapter in training, {odd[0]} among them"
+        raise ModelError.at(str(folder), what, fix="resume with the recipe and the model that it began with")
+    with torch.no_grad():
+        for name, weight in own.items():
+            weight.copy_(shared_like(kept[name], weight))
 
 
 def training_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -154,8 +197,12 @@ def give_out(states: dict[int, dict[str, Tensor]], weights: list[nn.Parameter], 
     for number, whole in states.items():
         weight = weights[number]
         optimizer.state[weight] = {
-            key: distribute_tensor(value, weight.device_mesh, weight.placements)
-            if isinstance(weight, DTensor) and value.shape == weight.shape
-            else value
-            for key, value in whole.items()
+            key: shared_like(value, weight) if value.shape == weight.shape else value for key, value in whole.items()
         }
+
+
+def shared_like(whole: Tensor, weight: Tensor) -> Tensor:
+    """This process's part of a whole tensor, shared out as the weight is."""
+    if not isinstance(weight, DTensor):
+        return whole
+    return distribute_tensor(whole.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)

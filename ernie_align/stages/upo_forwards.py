@@ -45,6 +45,7 @@ class WatchedTrainer(ShardedTrainer, GRPOTrainer):
         self.modality = ModalityTokens.from_config(self.model.config)
         if keeps_adapter:
             keep_reference(self.model)
+        self.spread_adapters()
         if frozen is not None:
             self.ref_model = self.accelerator.prepare_model(frozen, evaluation_mode=True)
             cast = self.args.cast_lm_head_to_fp32
