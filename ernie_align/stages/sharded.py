@@ -132,8 +132,10 @@ def _as_if_whole(config: Any) -> Iterator[None]:
 
 
 def load_adapter_state(model: nn.Module, folder: Path) -> None:
-    """A checkpoint's adapter into the active one of a PeftModel, spread over the processes. Raises ModelError where the two
-    have not the same weights."""
+    """A checkpoint's adapter into the active one of a PeftModel, spread over the processes.
+
+    Raises ModelError where the two have not the same weights.
+    """
     (adapter,) = model.active_adapters
     own = {
         name.replace(f".{adapter}.", "."): weight
