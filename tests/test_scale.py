@@ -102,14 +102,14 @@ def test_one_process_goes_on_where_two_stopped(folder, checkpoints, case):
 
 def test_four_processes_go_on_where_others_stopped(folder, checkpoints):
     """Two, of shards, and one: dealt-out experts are elsewhere in its optimizer, and a group of their own in that of
-    four."""
-    sharded, dealt_out = "fsdp2:sft-all", "ep:sft-all"
-    if not run_dir(dealt_out, folder, 1).exists():
-        run_case(dealt_out, folder, checkpoints["vl_moe"], STEPS)
-    for case, begun in ((sharded, 2), (dealt_out, 1)):
+    four; its adapter and moments are whole, and four take their part."""
+    sharded, dealt_out, adapter = "fsdp2:sft-all", "ep:sft-all", "ep:lora-vision+checkpointing"
+    for case, begun in ((sharded, 2), (dealt_out, 1), (adapter, 1)):
+        if not run_dir(case, folder, begun).exists():
+            run_case(case, folder, checkpoints["vl_moe"], STEPS)
         stopped_after(2, run_dir(case, folder, begun), run_dir(case, folder, 4, resume=True))
-    scale_cases.launch(folder, checkpoints["vl_moe"], 4, [sharded, dealt_out], steps=STEPS, resume=True)
-    for case in (sharded, dealt_out):
+    scale_cases.launch(folder, checkpoints["vl_moe"], 4, [sharded, dealt_out, adapter], steps=STEPS, resume=True)
+    for case in (sharded, dealt_out, adapter):
         assert apart(run_dir(case, folder, 2), run_dir(case, folder, 4, resume=True)) <= BOUND
 
 

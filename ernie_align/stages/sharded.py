@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -22,9 +22,6 @@ from transformers import Trainer
 
 from ernie_align.errors import ModelError
 from ernie_align.models.parallel import spread
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 SHARDED = "sharded"
 
@@ -134,9 +131,11 @@ def _as_if_whole(config: Any) -> Iterator[None]:
         config.distributed_config = shared_out
 
 
-def load_adapter_state(model: PeftModel, folder: Path) -> None:
-    """A checkpoint's adapter into the active one, which is spread over the processes. Raises ModelError where the two
-    have not the same weights."""
+def load_adapter_state(model: nn.Module, folder: Path) -> None:
+    """A checkpoint's adapter into the active one of a PeftModel, spread over the processes.
+
+    Raises ModelError where the two have not the same weights.
+    """
     (adapter,) = model.active_adapters
     own = {
         name.replace(f".{adapter}.", "."): weight
