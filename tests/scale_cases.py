@@ -250,10 +250,10 @@ def held_is_written(run: Path) -> Iterator[None]:
         held = {
             "whole": [list(weight.shape) for weight in weights],
             "weights": [local(weight) for weight in weights],
-            "gradients": sum(local(weight.grad) for weight in weights if weight.grad is not None),
+            "gradients": [0 if weight.grad is None else local(weight.grad) for weight in weights],
             "moments": sum(map(local, moments)),
         }
-        if held["gradients"]:
+        if any(held["gradients"]):
             (run / f"held-{os.environ['RANK']}.json").write_text(json.dumps(held))
 
     handle = register_optimizer_step_post_hook(write)

@@ -68,7 +68,9 @@ def test_adapters_on_dealt_out_experts_are_spread(folder, case):
     for rank, process in enumerate(held):
         half = [(rows + 1 - rank) // 2 * columns for rows, columns in process["whole"]]
         assert process["weights"] == half
-        assert (process["gradients"], process["moments"]) == (sum(half), 2 * sum(half))
+        # a step without an image leaves vision parts without a gradient
+        assert all(found in (0, own) for found, own in zip(process["gradients"], half, strict=True))
+        assert any(process["gradients"]) and process["moments"] == 2 * sum(half)
 
 
 def test_bfloat16_weights_are_trained_as_float32_copies(folder, checkpoints):
