@@ -87,13 +87,39 @@ def give_weights(model: nn.Module, weights: dict[str, Tensor], device: torch.dev
     _replace(model, filled)
 
 
+def keep_off_meta(model: nn.Module) -> None:
+    """Trained weights that PEFT put on meta, beside their base, are zeros in memory: TRL copies an adapter into another
+    one, and checkpoints are read into it. Those of the first process take their place when the model is sharded."""
+
+    def kept(weight: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(torch.zeros_like(weight, device="cpu")) if _is_trained_on_meta(weight) else weight
+
+    _replace(model, kept)
+
+
+def _is_trained_on_meta(weight: nn.Parameter) -> bool:
+    return weight.is_meta and weight.requires_grad
+
+
+def tell_apart(model: nn.Module, *, in_float32: bool) -> None:
+    """Give each trained parameter on meta an address of its own: one number, seen as the whole.
+
+    in_float32: whoever shards the model next trains float32 copies, and would make them of numbers that are not there.
+    """
+
+    def told_apart(weight: nn.Parameter) -> nn.Parameter:
+        if not _is_trained_on_meta(weight):
+            return weight
+        dtype = torch.float32 if in_float32 else weight.dtype
+        return nn.Parameter(torch.zeros((), dtype=dtype).expand(weight.shape))
+
+    _replace(model, told_apart)
+
+
 def _replace(model: nn.Module, by: Callable[[nn.Parameter], nn.Parameter]) -> None:
-    """Put another parameter in the place of each, in all places that share it."""
-    others: dict[int, nn.Parameter] = {}
-    # torch's own way to change what a module holds: FSDP2 takes note of it
-    state = {}
-    for name, weight in list(model.named_parameters(remove_duplicate=False)):
-        if id(weight) not in others:
-            others[id(weight)] = by(weight)
-        state[name] = others[id(weight)]
-    model.load_state_dict(state, assign=True)
+    """Put what `by` returns in the place of each parameter, in all places that share it."""
+    weights = list(model.named_parameters(remove_duplicate=False))
+    others = {id(weight): by(weight) for weight in dict.fromkeys(weight for _, weight in weights)}
+    changed = {name: others[id(weight)] for name, weight in weights if others[id(weight)] is not weight}
+    # torch's own way to change what a module holds, of which FSDP2 takes note
+    model.load_state_dict(changed, assign=True, strict=False)
