@@ -52,6 +52,7 @@ def attach(bundle: Bundle, block: AdapterBlock) -> list[Target]:
     from safetensors import SafetensorError
 
     from ernie_align.models.experts import load_adapter, names_in_order
+    from ernie_align.models.first import keep_off_meta
 
     targets = adapter_targets(bundle.anatomy, block)
     if block.path is None:
@@ -71,6 +72,7 @@ def attach(bundle: Bundle, block: AdapterBlock) -> list[Target]:
             raise ModelError.at(
                 block.where("path"), f"no adapter could be loaded from {block.path}: {reason}"
             ) from error
+    keep_off_meta(bundle.model)
     prove(bundle.model, targets, where=block.where("path" if block.path else "scopes"))
     return targets
 

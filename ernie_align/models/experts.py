@@ -55,6 +55,7 @@ def load_adapter(model: nn.Module, path: str, *, is_trainable: bool = False, rev
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below, as an error
+            warnings.filterwarnings("ignore", message=".*to a meta parameter in the current model, which is a no-op")
             loaded = PeftModel.from_pretrained(model, path, config=config, is_trainable=is_trainable, revision=revision)
     except torch.OutOfMemoryError:
         raise
@@ -63,7 +64,8 @@ def load_adapter(model: nn.Module, path: str, *, is_trainable: bool = False, rev
         odd = [line.strip() for line in lines if "size mismatch for" in line]
         what = f"{len(odd)} tensors are of another shape, {odd[0]}" if odd else lines[0]
         raise ModelError.at(path, f"the adapter could not be loaded: {what}", fix=_WRONG_BASE) from error
-    prove_loaded(loaded, files.folder)
+    if not any(weight.is_meta for weight in loaded.parameters()):  # the first process proves it (models.first)
+        prove_loaded(loaded, files.folder)
     return names_in_order(loaded)
 
 

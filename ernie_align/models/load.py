@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ def load_model(
     weights: str | None = None,
     parallel: Parallel | None = None,
     adapters: bool = False,
+    first_reads: bool = False,
 ) -> Bundle:
     """Load a checkpoint of one of the three families, or an adapter and the base it names.
 
@@ -61,7 +63,9 @@ def load_model(
     (routers and correction biases stay float32); where: what an error
     about the name should point at; weights: a folder to take the weights from instead (a checkpoint of a run), the
     rest coming from `name`; parallel: share the model out over the processes so (no adapter that is already there);
-    adapters: they will be put on, and FSDP2 comes after them (models.parallel.spread).
+    adapters: they will be put on, and FSDP2 comes after them (models.parallel.spread); first_reads: the weights are on
+    the first process alone, and on meta in the others, for whoever shards the model next. With `parallel`, the first
+    process alone reads them anyhow.
     Raises ModelError for other models, missing weights, and anything that differs from the family's anatomy.
     """
     from ernie_align.models.documents import keep_documents_apart
@@ -73,7 +77,13 @@ def load_model(
     config = files.read_json("config.json")
     anatomy = Anatomy.from_config(config, where=where or f"{name}/config.json")
     tokenizer = files.tokenizer()
-    model = _load_weights(weights or name, None if weights else revision, anatomy, dtype, attention)
+    read = partial(_load_weights, weights or name, None if weights else revision, anatomy, dtype, attention)
+    if parallel or first_reads:
+        from ernie_align.models.first import read_by_first
+
+        model = read_by_first(read)
+    else:
+        model = read()
     if parallel:
         from ernie_align.models.parallel import share_out
 

@@ -23,6 +23,7 @@ from transformers.distributed.expert_parallel import AutoEP, EPImplementationInt
 from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
 
 from ernie_align.errors import ModelError
+from ernie_align.models.first import give_weights, take_weights
 from ernie_align.models.grouped import LowRank, low_rank_experts
 from ernie_align.models.sharding import UNITS, Parallel
 
@@ -80,7 +81,7 @@ class _ExpertsFirst(DistributedConfig):
 
 
 def share_out(model: PreTrainedModel, parallel: Parallel, *, adapters: bool, where: str) -> None:
-    """Cut a whole model and keep this process's part of it. Every process calls it with the same weights.
+    """Cut a model that the first process has read (models.first), and give each process its own part of the weights.
 
     parallel: as judged by models.sharding; adapters: they are put on next, and FSDP2 waits for them (`spread`).
     Raises ModelError where attention cannot be cut so.
@@ -103,17 +104,21 @@ def share_out(model: PreTrainedModel, parallel: Parallel, *, adapters: bool, whe
     both = (model.get_input_embeddings(), model.get_output_embeddings())
     apart = {name for name, module in model.named_modules() if module in both}
     model.tp_plan = {name: style for name, style in model.tp_plan.items() if name not in apart}
+    device = meshes.get_mesh("tp").device_type
+    # Not while it is loaded: cut by FSDP2, a hub checkpoint's joined routers are split wrongly (transformers 5.23).
+    weights = take_weights(model)
     if adapters:
         model.maybe_distribute_model(model, _ExpertsFirst.from_dict(config.to_dict()), meshes)
         model.config.distributed_config = config
+        give_weights(model, weights, device)
         return
     model.fsdp_plan = _units(model)
-    # Not while it is loaded: cut by FSDP2, a hub checkpoint's joined routers are split wrongly (transformers 5.23).
     model.maybe_distribute_model(model, config, meshes)
+    give_weights(model, weights, device)
     if config.dp_size > 1:
         register_fsdp_forward_method(model, "generate")  # which encodes images before it calls the model
     else:
-        model.to(meshes.get_mesh("tp").device_type)  # FSDP2 does so itself
+        model.to(device)  # its buffers: FSDP2 does so itself
 
 
 def spread(model: PeftModel) -> None:

@@ -14,11 +14,17 @@ if TYPE_CHECKING:
 
 # What `accelerate launch` sets -> the distributed type that must come of it.
 _ASKED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
+_FIRST_READS = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 def asked_for() -> str | None:
     """The way of sharing weights that the launcher was asked for; None where each process has them all."""
     return next((kind for name, kind in _ASKED.items() if os.environ.get(name, "").lower() == "true"), None)
+
+
+def first_reads() -> bool:
+    """Whether the first process alone reads the weights, and Accelerate hands the shards out."""
+    return asked_for() == "FSDP" and os.environ.get(_FIRST_READS, "").lower() == "true"
 
 
 def prepare_processes(
@@ -29,11 +35,13 @@ def prepare_processes(
     adapters: bool,
     where: str,
     parallel: Parallel | None = None,
+    beforehand: str = "",
 ) -> None:
     """Before anything is loaded: refuse what cannot be or what Accelerate would take for something else, and say how
     the family is cut.
 
-    adapters: whether they are what is trained; where: what an error about the model should point at.
+    adapters: whether they are what is trained; where: what an error about the model should point at; beforehand: why
+    each process needs the whole model before it is sharded, if it does.
     Raises RunError and ModelError. Class names that the launcher's config gives are left as they are.
     """
     asked, units = asked_for(), UNITS[anatomy.family]
@@ -54,6 +62,8 @@ def prepare_processes(
     if asked == "FSDP":
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise RunError.at("launcher", "FSDP of version 1", fix="set fsdp_version: 2, or launch with fsdp2")
+        if beforehand:
+            os.environ[_FIRST_READS] = "false"  # read by transformers when it loads, and by Accelerate when it shards
         os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(units.layers + apart))
     elif asked == "DEEPSPEED" and units.experts:
         os.environ.setdefault("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", ",".join(units.experts))

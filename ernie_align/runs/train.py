@@ -20,7 +20,7 @@ from ernie_align.models.seal import flush, seal
 from ernie_align.models.sharding import Parallel
 from ernie_align.recipe import Recipe, to_yaml
 from ernie_align.runs.directory import RunDirectory
-from ernie_align.runs.launched import prepare_processes, prove_processes
+from ernie_align.runs.launched import first_reads, prepare_processes, prove_processes
 from ernie_align.runs.processes import Processes, begin_processes, timeout_of
 from ernie_align.runs.setup import Setup, prepare_data, set_up
 from ernie_align.stages import Batches
@@ -84,7 +84,15 @@ def run(recipe: Recipe, *, resume: bool = False, parallel: Parallel | None = Non
     recipe = setup.recipe
     adapters = getattr(recipe, "adapter", None) is not None
     where = recipe.model.where("name")
-    prepare_processes(state, setup.anatomy, stage=recipe.stage, adapters=adapters, where=where, parallel=parallel)
+    prepare_processes(
+        state,
+        setup.anatomy,
+        stage=recipe.stage,
+        adapters=adapters,
+        where=where,
+        parallel=parallel,
+        beforehand=setup.stage.beforehand(recipe),
+    )
     config = setup.stage.configure(recipe, recipe.run.dir)  # what TRL refuses is refused before anything is made
     with listening(directory) as signals:
         try:
@@ -192,7 +200,7 @@ def _train(
     repeated = _repeated(config, parallel, trainer.train_dataset)
     if repeated:
         reporter.say(f"the last batches of an epoch see {repeated} examples again, so that all processes have as many")
-    probe = _first_text_logits(setup, bundle, directory, is_main)
+    probe = _first_text_logits(setup, bundle, directory, processes)
     with explained(directory, trainer, processes):
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -282,6 +290,7 @@ def _load(setup: Setup, checkpoint: Path | None, parallel: Parallel | None = Non
         weights=str(checkpoint) if holds_model else None,
         parallel=parallel,
         adapters=getattr(setup.recipe, "adapter", None) is not None,
+        first_reads=first_reads(),
     )
     set_seed(setup.recipe.run.seed)  # a fresh adapter is drawn at random
     trained = setup.stage.wrap(setup.recipe, bundle)
@@ -312,7 +321,9 @@ def _callbacks(
     ]
 
 
-def _first_text_logits(setup: Setup, bundle: Bundle, directory: RunDirectory, is_main: bool) -> TextLogits | None:
+def _first_text_logits(
+    setup: Setup, bundle: Bundle, directory: RunDirectory, processes: Processes
+) -> TextLogits | None:
     """Where nothing is trained that text touches: what the model said to text when the run began.
 
     Taken once the trainer has put the model on its device; a resumed run goes by what its first start kept.
@@ -322,8 +333,11 @@ def _first_text_logits(setup: Setup, bundle: Bundle, directory: RunDirectory, is
     kept = directory.facts().get("text_logits")
     if kept is not None:
         return TextLogits(**kept)
-    probe = text_logits(bundle)
-    if is_main:
+    if first_reads():  # and the others have no weights yet
+        probe = processes.of_first(text_logits(bundle) if processes.is_first else None)
+    else:
+        probe = text_logits(bundle)
+    if processes.is_first:
         directory.note(text_logits=asdict(probe))
     return probe
 

@@ -74,6 +74,11 @@ def nothing_to_try(recipe: Recipe, anatomy: Anatomy, example: dict[str, Any]) ->
     return []
 
 
+def nothing_beforehand(recipe: Recipe) -> str:
+    """Of a stage that asks the model nothing before it is sharded, and needs no second one."""
+    return ""
+
+
 @dataclass(frozen=True)
 class Batches:
     """What a trainer reads.
@@ -101,7 +106,8 @@ class Stage:
     build_trainer: (recipe, TRL's config, bundle, batches, callbacks) -> a TRL trainer, ready to train;
     beside: (recipe, renderer) -> what else it reads, by name;
     tried: (recipe, anatomy, first example) -> lines about what can be tried without weights;
-    layout: (recipe, lengths of the training rows, None for a stream) -> lines about how rows make up batches.
+    layout: (recipe, lengths of the training rows, None for a stream) -> lines about how rows make up batches;
+    beforehand: (recipe) -> why each process needs the whole model before FSDP2 shards it; empty where none does.
     """
 
     name: str
@@ -115,6 +121,7 @@ class Stage:
     beside: Callable[[Any, Renderer], dict[str, Beside]] = nothing_beside
     tried: Callable[[Any, Anatomy, dict[str, Any]], list[str]] = nothing_to_try
     layout: Callable[[Any, list[int] | None], list[str]] = one_row_each
+    beforehand: Callable[[Any], str] = nothing_beforehand
 
 
 def judge_padding(training: Mapping[str, Any], *, flat: bool = False) -> None:

@@ -210,6 +210,14 @@ def _has_own_reference(recipe: DpoRecipe) -> bool:
     return recipe.adapter is None and not recipe.dpo.reference_free and recipe.dpo.reference == "auto"
 
 
+def _beforehand(recipe: DpoRecipe) -> str:
+    """See Stage."""
+    if _has_own_reference(recipe):
+        return "the reference is a second model"
+    asked = recipe.dpo.reference == "precomputed" and not recipe.dpo.reference_free
+    return "reference: precomputed is asked before the model is sharded" if asked else ""
+
+
 def _own_losses(block: DpoBlock) -> list[tuple[Callable[..., Any], float]]:
     from ernie_align import losses
 
@@ -271,4 +279,5 @@ DPO = Stage(
     configure=_configure,
     encode=_encode,
     build_trainer=_build_trainer,
+    beforehand=_beforehand,
 )

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 
 from ernie_align.errors import ModelError
+from ernie_align.models.first import tell_apart
 from ernie_align.models.parallel import spread
 
 SHARDED = "sharded"
@@ -49,6 +50,13 @@ class ShardedTrainer(Trainer):
         model whose experts were dealt out for them. Nothing is done to any other."""
         if self._owns_its_shards and hasattr(self.model, "peft_config"):
             spread(self.model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's. Accelerate puts the sharded weights in the optimizer by where the whole ones lay in memory: on
+        meta (models.first), all would lie at one place."""
+        if self.is_fsdp_enabled:
+            tell_apart(self.model, in_float32=self.accelerator.mixed_precision != "no")
+        return super().create_optimizer(model)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Trainer's. An adapter is loaded before it is sharded; a model was built from its checkpoint (runs.train)."""

@@ -65,6 +65,18 @@ def _beside(recipe: UpoRecipe, renderer: Renderer) -> dict[str, Beside]:
     return {name: Beside(blocks, encode) for name, blocks in sources.items() if blocks}
 
 
+def _needs_second_model(recipe: UpoRecipe) -> bool:
+    return recipe.adapter is None and recipe.upo.needs_reference
+
+
+def _beforehand(recipe: UpoRecipe) -> str:
+    """See Stage."""
+    if _needs_second_model(recipe):
+        return "the reference is a second model"
+    asked = recipe.upo.pairs_data or recipe.upo.pairs_eval
+    return "the reference is asked about whole sets of pairs before the model is sharded" if asked else ""
+
+
 def _build_trainer(
     recipe: UpoRecipe,
     config: GRPOConfig,
@@ -92,7 +104,6 @@ def _build_trainer(
     if len(batches.train) < prompts:
         what = f"{len(batches.train)} prompts, and each rollout asks {prompts} different ones"
         raise RecipeError.at(recipe.data.where("train"), what, fix="give more prompts, or make the batch smaller")
-    needs_model = recipe.adapter is None and block.needs_reference
     return UnifiedTrainer(
         model=bundle.model,
         args=config,
@@ -106,7 +117,7 @@ def _build_trainer(
         image_processor=bundle.image_processor,
         row_name=batches.row_name,
         keeps_adapter=recipe.keeps_adapter,
-        frozen=frozen_model(recipe, bundle) if needs_model else None,
+        frozen=frozen_model(recipe, bundle) if _needs_second_model(recipe) else None,
         pairs={name: pairs(name, rows) for name, rows in batches.beside.items()},
         tables=CompletionTables(folder / "completions", block.completions_steps),
     )
@@ -132,4 +143,5 @@ UPO = Stage(
     build_trainer=_build_trainer,
     beside=_beside,
     tried=tried,
+    beforehand=_beforehand,
 )
