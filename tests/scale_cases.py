@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,11 @@ FSDP2 = {
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }  # what `accelerate launch` makes of recipes/accelerate/fsdp2.yaml
+HSDP = FSDP2 | {
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}  # and of fsdp2_nodes.yaml, on two machines of two processes each
 
 
 @contextmanager
@@ -225,13 +231,16 @@ def run_case(case: str, folder: Path, model: Path, steps: int, *, resume: bool =
     processes = int(os.environ.get("WORLD_SIZE", 1))
     sharing = case.rpartition(":")[0] if processes > 1 else ""
     parallel = PARALLEL.get(sharing)
-    ways = {"fsdp2": gpus_on_the_cpu(**FSDP2), "tp": gpus_on_the_cpu()}
+    hsdp = HSDP if processes == 4 else FSDP2
+    ways = {"fsdp2": gpus_on_the_cpu(**FSDP2), "hsdp": gpus_on_the_cpu(**hsdp), "tp": gpus_on_the_cpu()}
     with ways.get(sharing, nullcontext()):
         run_quietly(recipe(case, folder, model, processes, steps, resume), resume=resume, parallel=parallel)
-        if case.startswith("fsdp2:") and processes > 1:
+        if sharing in ("fsdp2", "hsdp"):
             from accelerate.state import AcceleratorState
 
-            assert AcceleratorState().is_fsdp2 and torch.distributed.get_world_size() == processes
+            state = AcceleratorState()
+            assert state.is_fsdp2 and torch.distributed.get_world_size() == processes
+            assert hsdp is FSDP2 or sharing == "fsdp2" or state.device_mesh.shape == (2, 2)
 
 
 def apart(one: Path, other: Path, key: str = "loss") -> float:
@@ -257,7 +266,8 @@ def by_hand(folder: Path) -> None:
     cases += ["dpo-adapter", "dpo-weights", "upo-adapter", "lora-adapter+continued", "dpo-adapter+continued"]
     cases += ["upo-adapter+continued", "sft-all+bfloat16"]
     sharded = [f"{way}:{case}" for way in ("fsdp2", "ep") for case in cases] + ["tp:sft-all"]
-    four = [case for case in cases + sharded if case.endswith(("sft-all", "dpo-adapter", "upo-adapter"))]
+    some = ("sft-all", "dpo-adapter", "upo-adapter")
+    four = [case for case in cases + sharded if case.endswith(some)] + [f"hsdp:{case}" for case in some]
     for processes, chosen in ((2, cases + sharded), (4, four)):
         for some in (chosen[start : start + 7] for start in range(0, len(chosen), 7)):
             for case in some:
@@ -267,20 +277,20 @@ def by_hand(folder: Path) -> None:
             for case in some:
                 found = apart(run_dir(case, folder, 1), run_dir(case, folder, processes))
                 print(f"{case:34} {processes} processes: {found:.1e}", flush=True)
-    for case in ("fsdp2:sft-all", "fsdp2:dpo-adapter", "ep:sft-all", "ep:dpo-adapter"):
-        for processes in (1, 4):
-            goes_on(case, folder, model, 10, after=4, processes=processes)
-            found = apart(run_dir(case, folder, 2), run_dir(case, folder, processes, resume=True))
-            print(f"{case:34} checkpoint of 2 on {processes}: {found:.1e}", flush=True)
+    for way, begun, others in (("fsdp2", 2, (1, 4)), ("ep", 2, (1, 4)), ("hsdp", 4, (1, 2, 4))):
+        for case, processes in product((f"{way}:sft-all", f"{way}:dpo-adapter"), others):
+            goes_on(case, folder, model, 10, after=4, processes=processes, begun=begun)
+            found = apart(run_dir(case, folder, begun), run_dir(case, folder, processes, resume=True))
+            print(f"{case:34} checkpoint of {begun} on {processes}: {found:.1e}", flush=True)
 
 
-def goes_on(case: str, folder: Path, model: Path, steps: int, *, after: int, processes: int) -> Path:
-    """What two processes did up to a checkpoint, gone on with on one or four. Returns the run directory."""
+def goes_on(case: str, folder: Path, model: Path, steps: int, *, after: int, processes: int, begun: int = 2) -> Path:
+    """What so many processes began, gone on with from a checkpoint on others. Returns the run directory."""
     from tests.test_resume import stopped_after
 
     again = run_dir(case, folder, processes, resume=True)
     shutil.rmtree(again, ignore_errors=True)
-    stopped_after(after, run_dir(case, folder, 2), again)
+    stopped_after(after, run_dir(case, folder, begun), again)
     if processes == 1:
         run_case(case, folder, model, steps, resume=True)
     else:

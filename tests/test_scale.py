@@ -89,9 +89,12 @@ def test_four_processes_go_on_where_others_stopped(folder, checkpoints):
         run_case(dealt_out, folder, checkpoints["vl_moe"], STEPS)
     for case, begun in ((sharded, 2), (dealt_out, 1)):
         stopped_after(2, run_dir(case, folder, begun), run_dir(case, folder, 4, resume=True))
-    scale_cases.launch(folder, checkpoints["vl_moe"], 4, [sharded, dealt_out], steps=STEPS, resume=True)
-    for case in (sharded, dealt_out):
-        assert apart(run_dir(case, folder, 2), run_dir(case, folder, 4, resume=True)) <= BOUND
+    replicated = "hsdp:sft-all"  # over two machines of two
+    stopped_after(2, run_dir(sharded, folder, 2), run_dir(replicated, folder, 4, resume=True))
+    cases = [sharded, dealt_out, replicated]
+    scale_cases.launch(folder, checkpoints["vl_moe"], 4, cases, steps=STEPS, resume=True)
+    for case in cases:
+        assert apart(run_dir(sharded, folder, 2), run_dir(case, folder, 4, resume=True)) <= BOUND
 
 
 @pytest.mark.parametrize("case", [*RESUMED, *CONTINUED])
