@@ -106,6 +106,8 @@ def recipe(case: str, folder: Path, model: Path, processes: int, steps: int, res
         # gradients here are well above their rounding (6e-8 at most).
         "adam_epsilon": 1e-5,
     }
+    if sharing in ("zero2", "zero3") and processes > 1:
+        made["training"] |= {"use_cpu": False}
     if what.endswith("+streaming"):
         made["data"]["streaming"] = True
         made["training"].pop("train_sampling_strategy")
@@ -173,6 +175,17 @@ HSDP = FSDP2 | {
     "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
     "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
 }  # and of fsdp2_nodes.yaml, on two machines of two processes each
+ZERO2 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    "ACCELERATE_USE_CPU": "false",  # told that there are none, Accelerate leaves DeepSpeed out
+    "DS_ACCELERATOR": "cpu",
+}
+ZERO3 = ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 
 
 @contextmanager
@@ -184,15 +197,17 @@ def gpus_on_the_cpu(**environment: str) -> Iterator[None]:
 
     stock = PartialState._prepare_backend
     PartialState._reset_state()
-    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    kind = DistributedType.DEEPSPEED if "ACCELERATE_USE_DEEPSPEED" in environment else DistributedType.MULTI_GPU
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", kind)
+    before = dict(os.environ)
     os.environ.update(environment | {"ACCELERATE_TORCH_DEVICE": "cpu"})
     try:
         yield
     finally:
         PartialState._prepare_backend = stock
         PartialState._reset_state()
-        for name in (*environment, "ACCELERATE_TORCH_DEVICE", "FSDP_TRANSFORMER_CLS_TO_WRAP"):
-            os.environ.pop(name, None)
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def launch(
@@ -233,6 +248,7 @@ def run_case(case: str, folder: Path, model: Path, steps: int, *, resume: bool =
     parallel = PARALLEL.get(sharing)
     hsdp = HSDP if processes == 4 else FSDP2
     ways = {"fsdp2": gpus_on_the_cpu(**FSDP2), "hsdp": gpus_on_the_cpu(**hsdp), "tp": gpus_on_the_cpu()}
+    ways |= {"zero2": gpus_on_the_cpu(**ZERO2), "zero3": gpus_on_the_cpu(**ZERO3)}
     with ways.get(sharing, nullcontext()):
         run_quietly(recipe(case, folder, model, processes, steps, resume), resume=resume, parallel=parallel)
         if sharing in ("fsdp2", "hsdp"):

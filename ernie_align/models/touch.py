@@ -95,12 +95,23 @@ def touched_backbone(model: nn.Module) -> nn.Module | None:
     return next((module for module in model.modules() if touch_vision in module._forward_pre_hooks.values()), None)
 
 
-def drop_gradients_of_nothing(backbone: nn.Module) -> None:
-    """Between backward pass and optimizer, on every process: what no process showed an image to is not stepped."""
+def any_saw_an_image(backbone: nn.Module) -> bool:
+    """Whether any process showed its model an image, in a forward that learns, since this was asked last. All must ask
+    at the same point."""
     seen = torch.tensor(int(backbone.has_learned_from_images), device=next(backbone.parameters()).device)
     torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
     backbone.has_learned_from_images = False
-    if not seen:
-        pools = [layer.mlp.vision_moe for layer in backbone.language_model.layers if isinstance(layer.mlp, RowMoeBlock)]
-        for part in (backbone.vision_tower, backbone.resampler_model, *pools):
+    return bool(seen)
+
+
+def vision_parts(backbone: nn.Module) -> list[nn.Module]:
+    """What nothing but images passes through."""
+    pools = [layer.mlp.vision_moe for layer in backbone.language_model.layers if isinstance(layer.mlp, RowMoeBlock)]
+    return [backbone.vision_tower, backbone.resampler_model, *pools]
+
+
+def drop_gradients_of_nothing(backbone: nn.Module) -> None:
+    """Between backward pass and optimizer, on every process: what no process showed an image to is not stepped."""
+    if not any_saw_an_image(backbone):
+        for part in vision_parts(backbone):
             part.zero_grad(set_to_none=True)

@@ -59,6 +59,19 @@ def prepare_processes(
         os.environ.setdefault("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", ",".join(units.experts))
 
 
+def load_whole() -> None:
+    """Under ZeRO-3, every process loads the whole model, as it does everywhere else, and DeepSpeed cuts it when it gets
+    it with its adapters on. transformers would cut it while it loads: shapes are gone then, by which adapters are made.
+
+    To be called between the trainer's arguments and the weights. Accelerate asks transformers for ZeRO-3 again when the
+    trainer is built.
+    """
+    if asked_for() == "DEEPSPEED":
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+
+
 def prove_processes(accelerator: Accelerator, model: Any) -> str:
     """One line about what the processes are. Raises RunError where that is not what was asked for."""
     found, count = accelerator.distributed_type.value, accelerator.num_processes

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 
+from ernie_align.stages.zero import judge_zero, part_groups
+
 SHARDED = "sharded"
 
 
@@ -33,11 +35,20 @@ class ShardedTrainer(Trainer):
         self.args.save_only_model = wanted
         # FSDP2 trains float32 copies of bfloat16 weights: what is saved is of the model's own dtype
         self._dtypes = {name: weight.dtype for name, weight in self.model.named_parameters()}
+        if self.is_deepspeed_enabled:
+            judge_zero(self)
 
     @property
     def _owns_its_shards(self) -> bool:
         """Whether the model was shared out before the trainer got it (models.parallel)."""
         return self.is_distributed_loading_by_transformers
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's."""
+        super().create_optimizer(model)
+        if self.is_deepspeed_enabled:
+            part_groups(self)
+        return self.optimizer
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Trainer's. An adapter is loaded before it is sharded; a model was built from its checkpoint (runs.train)."""
