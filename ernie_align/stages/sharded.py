@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 
+from ernie_align.models.touch import touch_within, touched_backbone
 from ernie_align.stages.zero import judge_zero, part_groups
 
 SHARDED = "sharded"
@@ -49,6 +50,13 @@ class ShardedTrainer(Trainer):
         if self.is_deepspeed_enabled:
             part_groups(self)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Trainer's. The model has been wrapped when it is called."""
+        backbone = touched_backbone(self.model) if self.is_deepspeed_enabled else None
+        if backbone is not None:
+            touch_within(backbone)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Trainer's. An adapter is loaded before it is sharded; a model was built from its checkpoint (runs.train)."""
