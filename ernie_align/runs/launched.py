@@ -55,6 +55,9 @@ def prepare_processes(
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise RunError.at("launcher", "FSDP of version 1", fix="set fsdp_version: 2, or launch with fsdp2")
         os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(units.layers + apart))
+    elif asked == "DEEPSPEED" and stage in ("dpo", "upo") and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        why = "it wants one order of modules from all processes, which a reference and rollouts of mixed rows have not"
+        raise RunError.at("launcher", f"ZeRO-3 for stage {stage}", why=why, fix="launch with fsdp2, ep or zero2")
     elif asked == "DEEPSPEED" and units.experts:
         os.environ.setdefault("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", ",".join(units.experts))
 

@@ -122,6 +122,12 @@ def _begin_together(
         raise fault
     if not may_begin:
         raise RunError.at(directory.where, "the first process could not begin", fix="see what it says")
+    holder = processes.of_first(directory.holder())
+    is_here = directory.is_held_by(holder)
+    if processes.any(not is_here):
+        what = f"{directory.path} is not the folder that the first process holds ({holder})"
+        what = "another process finds no such folder" if is_here else what
+        raise RunError.at(directory.where, what, fix="name a folder on a disk that all machines share")
 
 
 def _begin(directory: RunDirectory, recipe: Recipe, reporter: Reporter, *, resume: bool, examples_a_step: int) -> None:
