@@ -55,24 +55,31 @@ def prepare_processes(
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise RunError.at("launcher", "FSDP of version 1", fix="set fsdp_version: 2, or launch with fsdp2")
         os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(units.layers + apart))
-    elif asked == "DEEPSPEED" and stage in ("dpo", "upo") and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-        why = "it wants one order of modules from all processes, which a reference and rollouts of mixed rows have not"
-        raise RunError.at("launcher", f"ZeRO-3 for stage {stage}", why=why, fix="launch with fsdp2, ep or zero2")
     elif asked == "DEEPSPEED" and units.experts:
         os.environ.setdefault("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", ",".join(units.experts))
 
 
-def load_whole() -> None:
-    """Under ZeRO-3, every process loads the whole model, as it does everywhere else, and DeepSpeed cuts it when it gets
-    it with its adapters on. transformers would cut it while it loads: shapes are gone then, by which adapters are made.
+def prepare_zero(config: Any, anatomy: Anatomy, stage: str) -> None:
+    """Under DeepSpeed, between the trainer's arguments and the weights: refuse what it cannot do, and have the whole
+    model loaded by every process, as it is everywhere else. DeepSpeed cuts it when it gets it with its adapters on.
 
-    To be called between the trainer's arguments and the weights. Accelerate asks transformers for ZeRO-3 again when the
-    trainer is built.
+    transformers would cut it for ZeRO-3 while it loads, and take from weights the shapes by which adapters are made.
+    Accelerate asks it for ZeRO-3 again when the trainer is built. Raises RunError.
     """
-    if asked_for() == "DEEPSPEED":
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    plugin = getattr(config, "deepspeed_plugin", None)
+    if plugin is None:
+        return
+    if plugin.zero_stage == 3 and anatomy.has_vision:
+        # a collective mismatch in the first step, or a wait for ever, on processes of which one alone sees images
+        what = f"stage {stage}" if stage in ("dpo", "upo") else "gradient_checkpointing"
+        if stage in ("dpo", "upo") or config.gradient_checkpointing:
+            why = "processes that see images and processes that see text would fetch weights in different orders"
+            fix = "launch with fsdp2, ep or zero2"
+            fix += "" if stage in ("dpo", "upo") else ", or set training.gradient_checkpointing: false"
+            raise RunError.at("launcher", f"ZeRO-3 with {what}, for a model that sees images", why=why, fix=fix)
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        unset_hf_deepspeed_config()
+    unset_hf_deepspeed_config()
 
 
 def prove_processes(accelerator: Accelerator, model: Any) -> str:

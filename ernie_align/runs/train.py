@@ -20,7 +20,7 @@ from ernie_align.models.seal import flush, seal
 from ernie_align.models.sharding import Parallel
 from ernie_align.recipe import Recipe, to_yaml
 from ernie_align.runs.directory import RunDirectory
-from ernie_align.runs.launched import load_whole, prepare_processes, prove_processes
+from ernie_align.runs.launched import prepare_processes, prepare_zero, prove_processes
 from ernie_align.runs.processes import Processes, begin_processes, timeout_of
 from ernie_align.runs.setup import Setup, prepare_data, set_up
 from ernie_align.stages import Batches
@@ -86,7 +86,7 @@ def run(recipe: Recipe, *, resume: bool = False, parallel: Parallel | None = Non
     where = recipe.model.where("name")
     prepare_processes(state, setup.anatomy, stage=recipe.stage, adapters=adapters, where=where, parallel=parallel)
     config = setup.stage.configure(recipe, recipe.run.dir)  # what TRL refuses is refused before anything is made
-    load_whole()
+    prepare_zero(config, setup.anatomy, recipe.stage)
     with listening(directory) as signals:
         try:
             processes = Processes(timeout_of(recipe))

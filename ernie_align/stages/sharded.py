@@ -66,6 +66,10 @@ class ShardedTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's. Sharded weights are gathered, tensor by tensor, and written by the first process."""
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage < 3:
+            if self.args.should_save:  # weights are whole; a copy of them, which Accelerate makes, parts tied ones
+                self._save(output_dir)
+            return
         if not (self.is_fsdp_enabled or self._owns_its_shards):
             super().save_model(output_dir, _internal_call)
             return
