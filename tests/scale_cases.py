@@ -8,6 +8,7 @@ share the processes, for to start them takes longer than to train a tiny model f
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -106,8 +107,8 @@ def recipe(case: str, folder: Path, model: Path, processes: int, steps: int, res
         # gradients here are well above their rounding (6e-8 at most).
         "adam_epsilon": 1e-5,
     }
-    if sharing in ("zero2", "zero3") and processes > 1:
-        made["training"] |= {"use_cpu": False}
+    if sharing in ("zero2", "zero3"):
+        made["training"] |= {"use_cpu": processes == 1}
     if what.endswith("+streaming"):
         made["data"]["streaming"] = True
         made["training"].pop("train_sampling_strategy")
@@ -175,6 +176,7 @@ HSDP = FSDP2 | {
     "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
     "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
 }  # and of fsdp2_nodes.yaml, on two machines of two processes each
+# and of zero2.yaml and zero3.yaml
 ZERO2 = {
     "ACCELERATE_USE_DEEPSPEED": "true",
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
@@ -282,8 +284,13 @@ def by_hand(folder: Path) -> None:
     cases += ["dpo-adapter", "dpo-weights", "upo-adapter", "lora-adapter+continued", "dpo-adapter+continued"]
     cases += ["upo-adapter+continued", "sft-all+bfloat16"]
     sharded = [f"{way}:{case}" for way in ("fsdp2", "ep") for case in cases] + ["tp:sft-all"]
+    if importlib.util.find_spec("deepspeed"):
+        zero3 = ["sft-all", "lora-adapter", "lora-text_experts"]  # what it is refused for: runs.launched
+        zero2 = [*zero3, "lora-vision+checkpointing", "dpo-adapter", "upo-adapter"]
+        sharded += [f"zero2:{case}" for case in zero2] + [f"zero3:{case}" for case in zero3]
     some = ("sft-all", "dpo-adapter", "upo-adapter")
-    four = [case for case in cases + sharded if case.endswith(some)] + [f"hsdp:{case}" for case in some]
+    four = [case for case in cases + sharded if case.endswith(some) and "zero" not in case]
+    four += [f"hsdp:{case}" for case in some]
     for processes, chosen in ((2, cases + sharded), (4, four)):
         for some in (chosen[start : start + 7] for start in range(0, len(chosen), 7)):
             for case in some:

@@ -96,8 +96,8 @@ def touch_every_pool(backbone: nn.Module) -> None:
 
 
 def touch_within(backbone: nn.Module) -> None:
-    """After DeepSpeed has put its hooks on: an image is shown within the backbone, so none of one is too. ZeRO-3 compares
-    the order of modules on all processes, and fetches weights by it."""
+    """After DeepSpeed has put its hooks on: an image is shown within the backbone, so none of one is too. ZeRO-3
+    compares the order of modules on all processes, and fetches weights by it."""
     backbone._forward_pre_hooks.move_to_end(_place_of(backbone))
 
 

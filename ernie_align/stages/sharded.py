@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 
 from ernie_align.models.touch import touch_within, touched_backbone
-from ernie_align.stages.zero import judge_zero, part_groups
+from ernie_align.stages.zero import judge_checkpoint, judge_zero, part_groups
 
 SHARDED = "sharded"
 
@@ -60,6 +60,8 @@ class ShardedTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Trainer's. An adapter is loaded before it is sharded; a model was built from its checkpoint (runs.train)."""
+        if resume_from_checkpoint:
+            judge_checkpoint(self, Path(resume_from_checkpoint))
         if self.is_fsdp_enabled and resume_from_checkpoint and hasattr(self.model, "peft_config"):
             super()._load_from_checkpoint(resume_from_checkpoint, self.model)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)

@@ -3,6 +3,7 @@ to gradients before a step elsewhere is done here on the way into it."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,19 @@ def judge_zero(trainer: Trainer) -> None:
     what = "an optimizer of DeepSpeed's" if "optimizer" in config else f"an optimizer kept on {away}"
     why = "it would move vision parts by momentum and weight decay in steps without an image"
     raise RunError.at("launcher", what, why=why, fix="take it out of DeepSpeed's config, or launch with fsdp2")
+
+
+def judge_checkpoint(trainer: Trainer, checkpoint: Path) -> None:
+    """Raises RunError where the optimizer of a checkpoint is DeepSpeed's and this run is not, the other way round, or
+    on another number of processes: its moments would be left out, or could not be read."""
+    parts = len(list(checkpoint.glob("global_step*/*optim_states.pt")))
+    here = trainer.accelerator.num_processes if trainer.is_deepspeed_enabled else 0
+    if parts == here:
+        return
+    began = f"{parts} processes under DeepSpeed" if parts else "processes without DeepSpeed"
+    goes_on = f"{here} under it" if here else "without it"
+    fix = "go on as it began, or begin anew in another run.dir"
+    raise RunError.at(str(checkpoint), f"written by {began}, and this run is {goes_on}", fix=fix)
 
 
 def part_groups(trainer: Trainer) -> None:
