@@ -117,10 +117,10 @@ class RunDirectory:
         lock = self.path / "run.lock"
         return lock.read_text(encoding="utf-8") if lock.exists() else ""
 
-    def is_held_by(self, holder: str) -> bool:
-        """Whether this is the folder that it took, on another machine perhaps. Asks for a minute: NFS shows a new file
-        late where the folder was looked at before."""
-        until = time.monotonic() + 60
+    def is_held_by(self, holder: str, *, patience: float = 60) -> bool:
+        """Whether this is the folder that it took, on another machine perhaps. Asks for so many seconds: NFS shows a
+        new file late where the folder was looked at before."""
+        until = time.monotonic() + patience
         while self.holder() != holder and time.monotonic() < until:
             time.sleep(1)
         return self.holder() == holder

@@ -53,8 +53,8 @@ def launch_command(
 
 
 def launch(profile: str, processes: int | None, arguments: Sequence[str], launcher: Sequence[str] = ()) -> int:
-    """Run it to its end. Arguments as in launch_command. What all its processes on this machine end with, where they say
-    it and agree: Accelerate's launcher says 1 whatever they say. Otherwise the launcher's own exit status.
+    """Run it to its end; arguments as in launch_command. What all its processes on this machine end with, where they
+    say it and agree: Accelerate's launcher says 1 whatever they say. Otherwise the launcher's own exit status.
 
     Signals go to the processes themselves, past the launcher, which would die before them, or kill them after 30
     seconds. It has a session of its own, so that a terminal's Ctrl-C comes once. Where it starts processes anew

@@ -4,7 +4,8 @@
 #   sbatch --nodes 4 --export ALL,PROFILE=ddp_nodes recipes/cluster/slurm.sh recipes/lora/vl_28b.yaml
 # The verb is the recipe's stage; run.dir lies on a disk that all nodes share. A job that is requeued, and a node that
 # fails, go on from the last whole checkpoint: --resume begins at step 0 where there is none.
-# Not run here: no cluster was at hand.
+# No cluster was at hand: run here with stand-ins for srun and scontrol, two network namespaces of one machine as nodes,
+# two CPU processes in each, profile ddp_nodes.
 #SBATCH --job-name ernie-align
 #SBATCH --nodes 2
 #SBATCH --ntasks-per-node 1
