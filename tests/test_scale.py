@@ -110,9 +110,13 @@ def test_four_processes_go_on_where_others_stopped(folder, checkpoints):
         if not run_dir(case, folder, begun).exists():
             run_case(case, folder, checkpoints["vl_moe"], STEPS)
         stopped_after(2, run_dir(case, folder, begun), run_dir(case, folder, 4, resume=True))
-    scale_cases.launch(folder, checkpoints["vl_moe"], 4, [sharded, dealt_out, adapter], steps=STEPS, resume=True)
-    for case in (sharded, dealt_out, adapter):
-        assert apart(run_dir(case, folder, 2), run_dir(case, folder, 4, resume=True)) <= BOUND
+    replicated = "hsdp:sft-all"  # over two machines of two
+    stopped_after(2, run_dir(sharded, folder, 2), run_dir(replicated, folder, 4, resume=True))
+    cases = [sharded, dealt_out, adapter, replicated]
+    scale_cases.launch(folder, checkpoints["vl_moe"], 4, cases, steps=STEPS, resume=True)
+    for case in cases:
+        same = sharded if case == replicated else case
+        assert apart(run_dir(same, folder, 2), run_dir(case, folder, 4, resume=True)) <= BOUND
 
 
 @pytest.mark.parametrize("case", [*RESUMED, *CONTINUED])

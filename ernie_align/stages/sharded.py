@@ -23,6 +23,8 @@ from transformers import Trainer
 from ernie_align.errors import ModelError
 from ernie_align.models.first import tell_apart
 from ernie_align.models.parallel import spread
+from ernie_align.models.touch import touch_within, touched_backbone
+from ernie_align.stages.zero import judge_checkpoint, judge_zero, part_groups
 
 SHARDED = "sharded"
 
@@ -39,6 +41,8 @@ class ShardedTrainer(Trainer):
         self.args.save_only_model = wanted
         # FSDP2 trains float32 copies of bfloat16 weights: what is saved is of the model's own dtype
         self._dtypes = {name: weight.dtype for name, weight in self.model.named_parameters()}
+        if self.is_deepspeed_enabled:
+            judge_zero(self)
 
     @property
     def _owns_its_shards(self) -> bool:
@@ -56,10 +60,22 @@ class ShardedTrainer(Trainer):
         meta (models.first), all would lie at one place."""
         if self.is_fsdp_enabled:
             tell_apart(self.model, in_float32=self.accelerator.mixed_precision != "no")
-        return super().create_optimizer(model)
+        super().create_optimizer(model)
+        if self.is_deepspeed_enabled:
+            part_groups(self)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Trainer's. The model has been wrapped when it is called."""
+        backbone = touched_backbone(self.model) if self.is_deepspeed_enabled else None
+        if backbone is not None:
+            touch_within(backbone)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Trainer's. An adapter is loaded before it is sharded; a model was built from its checkpoint (runs.train)."""
+        if resume_from_checkpoint:
+            judge_checkpoint(self, Path(resume_from_checkpoint))
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 # What a forward before training has gathered outside the layers stays so: the optimizer would take
@@ -71,6 +87,10 @@ class ShardedTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's. Sharded weights are gathered, tensor by tensor, and written by the first process."""
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage < 3:
+            if self.args.should_save:  # weights are whole; a copy of them, which Accelerate makes, parts tied ones
+                self._save(output_dir)
+            return
         if not (self.is_fsdp_enabled or self._owns_its_shards):
             super().save_model(output_dir, _internal_call)
             return
