@@ -162,3 +162,21 @@ def test_a_launched_run_that_fails_says_why_in_its_exit_code(checkpoints, text_r
 
 def test_slurm_script_is_sound_shell():
     subprocess.run(["bash", "-n", str(ROOT / "recipes" / "cluster" / "slurm.sh")], check=True)
+
+
+@pytest.mark.parametrize(("beforehand", "found"), [("", True), ("the reference is a second model", False)])
+def test_the_first_process_reads_alone_unless_all_are_asked_beforehand(checkpoints, monkeypatch, beforehand, found):
+    from types import SimpleNamespace
+
+    from accelerate.utils import DistributedType
+
+    from ernie_align.runs.launched import first_reads
+
+    assert not first_reads()
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "as it is given")
+    anatomy = Anatomy.from_config(json.loads((checkpoints["vl_moe"] / "config.json").read_text()))
+    state = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    prepare_processes(state, anatomy, stage="dpo", adapters=False, where="", beforehand=beforehand)
+    assert first_reads() is found

@@ -31,7 +31,7 @@ def read_by_first(read: Callable[[], PreTrainedModel]) -> PreTrainedModel:
         except Exception as error:
             _send(error if isinstance(error, AlignError) else None)
             raise
-        _send(_hollow(model))
+        _send(hollow(model))
         return model
     sent = _send(None)
     if isinstance(sent, AlignError):
@@ -47,7 +47,7 @@ def _send(value: object) -> object:
     return values[0]
 
 
-def _hollow(model: PreTrainedModel) -> PreTrainedModel:
+def hollow(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the model with parameters on meta. None of its weights is copied on the way."""
     return copy.deepcopy(model, {id(weight): _on_meta(weight) for weight in model.parameters()})
 

@@ -20,7 +20,7 @@ from ernie_align.models.seal import flush, seal
 from ernie_align.models.sharding import Parallel
 from ernie_align.recipe import Recipe, to_yaml
 from ernie_align.runs.directory import RunDirectory
-from ernie_align.runs.launched import first_reads, prepare_processes, prepare_zero, prove_processes
+from ernie_align.runs.launched import asked_for, first_reads, prepare_processes, prepare_zero, prove_processes
 from ernie_align.runs.processes import Processes, begin_processes, timeout_of
 from ernie_align.runs.setup import Setup, prepare_data, set_up
 from ernie_align.stages import Batches
@@ -195,6 +195,9 @@ def _train(
         directory.write("preview.txt", as_text(example))
 
     checkpoint = _where_to_go_on(directory, reporter, processes) if resume else None
+    why = setup.stage.beforehand(recipe)
+    if why and asked_for() == "FSDP":
+        reporter.say(f"every process reads the whole model: {why}")
     bundle = _load(setup, checkpoint, parallel)
     batches = Batches(data.train, data.eval, data.row_name, setup.renderer, data.beside)
     stop = StopAtStepEnd(directory, signals, processes)

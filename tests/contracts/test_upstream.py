@@ -451,3 +451,21 @@ def test_accelerate_still_takes_fsdp_for_ddp_without_an_accelerator():
     source = inspect.getsource(AcceleratorState.__init__)
     kinds = source.split("ACCELERATE_ALLOW_CP_STANDALONE")[0].rsplit("elif self.distributed_type in [", 1)[1]
     assert "MULTI_GPU" in kinds and "MULTI_CPU" not in kinds
+
+
+def test_what_reading_by_the_first_process_leans_on():
+    """models.first, of Accelerate: weights go to meta and come back from process 0's state dict, buffers stay, and the
+    optimizer finds its weights by their addresses, which on meta are all 0 (stages.sharded.create_optimizer)."""
+    from accelerate import Accelerator
+    from accelerate.utils import fsdp_utils
+    from transformers import Trainer
+    from transformers.distributed.fsdp import is_fsdp_enabled
+
+    sharding = inspect.getsource(fsdp_utils.fsdp2_prepare_model)
+    assert 'model = model.to(torch.device("meta"))' in sharding and "original_non_persistent_buffers" in sharding
+    assert 'accelerator.mixed_precision != "no"' in sharding  # and then trained weights become float32
+    assert "p.data_ptr()" in inspect.getsource(Accelerator._prepare_fsdp2)
+    assert torch.empty(2, device="meta").data_ptr() == 0
+    prepared = inspect.getsource(Trainer._prepare_for_training)
+    assert prepared.index("self.create_optimizer()") < prepared.index("self.accelerator.prepare(self.model, self.opt")
+    assert "FSDP_CPU_RAM_EFFICIENT_LOADING" in inspect.getsource(is_fsdp_enabled)
