@@ -63,7 +63,7 @@ def launch(profile: str, processes: int | None, arguments: Sequence[str], launch
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, ENDINGS: folder}
         command = launch_command(profile, processes, arguments, launcher)
-        launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+        agent = subprocess.Popen(command, env=environment, start_new_session=True)
         asked: list[int] = []
 
         def hand_on(number: int, frame: Any) -> None:
@@ -76,12 +76,12 @@ def launch(profile: str, processes: int | None, arguments: Sequence[str], launch
                         reached += 1
             if not reached:  # none has begun yet, or all have ended
                 with suppress(ProcessLookupError):
-                    os.killpg(launcher.pid, number)
+                    os.killpg(agent.pid, number)
 
         heard = [one for one in HANDED_ON if signal.getsignal(one) != signal.SIG_IGN]  # nohup ignores one
         before = {one: signal.signal(one, hand_on) for one in heard}
         try:
-            code = launcher.wait()
+            code = agent.wait()
         finally:
             for one, handler in before.items():
                 signal.signal(one, handler)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,17 +9,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ernie_align.data.load import SourceCount
 from ernie_align.data.preview import Stretch, as_text, preview
-from ernie_align.errors import AlignError, RunError
 from ernie_align.models.certificate import TextLogits, text_logits
-from ernie_align.models.environment import environment
 from ernie_align.models.load import Bundle, load_model
 from ernie_align.models.pixels import pixel_backend
 from ernie_align.models.scopes import Coverage, coverage
 from ernie_align.models.seal import flush, seal
 from ernie_align.models.sharding import Parallel
-from ernie_align.recipe import Recipe, to_yaml
+from ernie_align.recipe import Recipe
+from ernie_align.runs.begin import begin_together, where_to_go_on
 from ernie_align.runs.directory import RunDirectory
 from ernie_align.runs.launched import asked_for, first_reads, prepare_processes, prepare_zero, prove_processes
+from ernie_align.runs.pace import examples_a_step, pace, repeated
 from ernie_align.runs.processes import Processes, begin_processes, timeout_of
 from ernie_align.runs.setup import Setup, prepare_data, set_up
 from ernie_align.stages import Batches
@@ -98,7 +97,7 @@ def run(recipe: Recipe, *, resume: bool = False, parallel: Parallel | None = Non
     with listening(directory) as signals:
         try:
             processes = Processes(timeout_of(recipe))
-            _begin_together(directory, recipe, config, reporter, resume=resume, parallel=parallel, processes=processes)
+            begin_together(directory, recipe, config, reporter, resume=resume, parallel=parallel, processes=processes)
             if directory.final.exists():
                 reporter.say(f"{directory.path} is finished already")
                 return RunResult(directory.path, directory.final, {}, directory.facts().get("text_unchanged"))
@@ -106,49 +105,6 @@ def run(recipe: Recipe, *, resume: bool = False, parallel: Parallel | None = Non
             return _train(setup, config, directory, reporter, **how)
         finally:
             directory.release()
-
-
-def _begin_together(
-    directory: RunDirectory,
-    recipe: Recipe,
-    config: Any,
-    reporter: Reporter,
-    *,
-    resume: bool,
-    parallel: Parallel | None,
-    processes: Processes,
-) -> None:
-    """The first process takes the folder. Where it cannot, none goes on to wait for it."""
-    fault: AlignError | None = None
-    if processes.is_first:
-        try:
-            _begin(directory, recipe, reporter, resume=resume, examples_a_step=_examples_a_step(config, parallel))
-        except AlignError as error:
-            fault = error
-    may_begin = processes.of_first(fault is None)
-    if fault is not None:
-        raise fault
-    if not may_begin:
-        raise RunError.at(directory.where, "the first process could not begin", fix="see what it says")
-    holder = processes.of_first(directory.holder())
-    is_here = directory.is_held_by(holder)
-    if processes.any(not is_here):
-        what = f"{directory.path} is not the folder that the first process holds ({holder})"
-        what = "another process finds no such folder" if is_here else what
-        raise RunError.at(directory.where, what, fix="name a folder on a disk that all machines share")
-
-
-def _begin(directory: RunDirectory, recipe: Recipe, reporter: Reporter, *, resume: bool, examples_a_step: int) -> None:
-    resolved = to_yaml(recipe)
-    goes_on = directory.begin(resolved, resume=resume, examples_a_step=examples_a_step)
-    for name in directory.sweep():
-        reporter.say(f"removed {name}: left by a run that was killed")
-    if directory.final.exists():
-        directory.finish()
-    elif not goes_on:
-        directory.write("recipe.yaml", recipe.as_given)
-        directory.write("recipe.resolved.yaml", resolved)
-        directory.note(environment=environment(), examples_a_step=examples_a_step)
 
 
 def _train(
@@ -194,7 +150,7 @@ def _train(
         directory.write("data.json", [asdict(count) for count in data.counts])
         directory.write("preview.txt", as_text(example))
 
-    checkpoint = _where_to_go_on(directory, reporter, processes) if resume else None
+    checkpoint = where_to_go_on(directory, reporter, processes) if resume else None
     why = setup.stage.beforehand(recipe)
     if why and asked_for() == "FSDP":
         reporter.say(f"every process reads the whole model: {why}")
@@ -206,10 +162,10 @@ def _train(
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict
     reporter.say(prove_processes(trainer.accelerator, trainer.model))
     kind = "packs" if recipe.training.get("packing") else "examples"
-    reporter.say(_pace(config, f"{_examples_a_step(config, parallel)} {kind}"))
-    repeated = _repeated(config, parallel, trainer.train_dataset)
-    if repeated:
-        reporter.say(f"the last batches of an epoch see {repeated} examples again, so that all processes have as many")
+    reporter.say(pace(config, f"{examples_a_step(config, parallel)} {kind}"))
+    again = repeated(config, parallel, trainer.train_dataset)
+    if again:
+        reporter.say(f"the last batches of an epoch see {again} examples again, so that all processes have as many")
     probe = _first_text_logits(setup, bundle, directory, processes)
     with explained(directory, trainer, processes):
         try:
@@ -240,48 +196,6 @@ def _train(
     processes.wait()
     reporter.say(f"finished: {directory.final}")
     return RunResult(directory.path, directory.final, metrics, unchanged)
-
-
-def _batches(config: Any, parallel: Parallel | None) -> int:
-    """Processes that have batches of their own: neighbours between which matrices are cut share one."""
-    return config.world_size // (parallel.tp_size if parallel else 1)
-
-
-def _examples_a_step(config: Any, parallel: Parallel | None) -> int:
-    """Of all processes."""
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps * _batches(config, parallel)
-
-
-def _pace(config: Any, of_a_step: str) -> str:
-    """What the steps are, most of it often TRL's defaults. of_a_step: how many examples, and what they are called."""
-    length = f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs:g} epochs"
-    checkpointing = "on" if config.gradient_checkpointing else "off"
-    rate = f"learning rate {config.learning_rate:g}, {config.lr_scheduler_type.value!s}"
-    return f"{length} of {of_a_step}, {rate}, gradient checkpointing {checkpointing}"
-
-
-def _repeated(config: Any, parallel: Parallel | None, examples: Any) -> int:
-    """Examples that fill the last batches of an epoch, of several processes, to one size."""
-    batches = _batches(config, parallel)
-    if batches == 1 or config.dataloader_drop_last or not hasattr(examples, "__len__"):
-        return 0
-    return -len(examples) % (config.per_device_train_batch_size * batches)
-
-
-def _where_to_go_on(directory: RunDirectory, reporter: Reporter, processes: Processes) -> Path | None:
-    found = directory.newest_whole_checkpoint(hashes=True) if processes.is_first else None
-    checkpoint, passed_over = processes.of_first(found)
-    for reason in passed_over:
-        reporter.say(f"passed over {reason}")
-    reporter.say(f"resuming from {checkpoint}" if checkpoint else "no whole checkpoint: beginning at step 0")
-    if processes.is_first:
-        directory.keep_metrics(_lines_logged(checkpoint) if checkpoint else 0)
-    return checkpoint
-
-
-def _lines_logged(checkpoint: Path) -> int:
-    """Trainer remembers every log of the run, and each of them is a line of metrics.jsonl."""
-    return len(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"])
 
 
 def _load(setup: Setup, checkpoint: Path | None, parallel: Parallel | None = None) -> Bundle:
