@@ -125,7 +125,7 @@ def flops_per_token(anatomy: Any, config: Any, task: str, checkpointing: bool) -
     return 2 * passes * active
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure every shape that time and memory allow, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="full", choices=sorted(SHAPES))
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=7.0)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     end = time.monotonic() + 60 * given.minutes
 
     import torch

@@ -8,6 +8,7 @@ share the processes, for to start them takes longer than to train a tiny model f
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,8 @@ def recipe(case: str, folder: Path, model: Path, processes: int, steps: int, res
         # gradients here are well above their rounding (6e-8 at most).
         "adam_epsilon": 1e-5,
     }
+    if sharing in ("zero2", "zero3"):
+        made["training"] |= {"use_cpu": processes == 1}
     if what.endswith("+streaming"):
         made["data"]["streaming"] = True
         made["training"].pop("train_sampling_strategy")
@@ -167,6 +171,23 @@ FSDP2 = {
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }  # what `accelerate launch` makes of recipes/accelerate/fsdp2.yaml
+HSDP = FSDP2 | {
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}  # and of fsdp2_nodes.yaml, on two machines of two processes each
+# and of zero2.yaml and zero3.yaml
+ZERO2 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    "ACCELERATE_USE_CPU": "false",  # told that there are none, Accelerate leaves DeepSpeed out
+    "DS_ACCELERATOR": "cpu",
+}
+ZERO3 = ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 
 
 @contextmanager
@@ -178,15 +199,17 @@ def gpus_on_the_cpu(**environment: str) -> Iterator[None]:
 
     stock = PartialState._prepare_backend
     PartialState._reset_state()
-    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    kind = DistributedType.DEEPSPEED if "ACCELERATE_USE_DEEPSPEED" in environment else DistributedType.MULTI_GPU
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", kind)
+    before = dict(os.environ)
     os.environ.update(environment | {"ACCELERATE_TORCH_DEVICE": "cpu"})
     try:
         yield
     finally:
         PartialState._prepare_backend = stock
         PartialState._reset_state()
-        for name in (*environment, "ACCELERATE_TORCH_DEVICE", "FSDP_TRANSFORMER_CLS_TO_WRAP"):
-            os.environ.pop(name, None)
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def launch(
@@ -225,13 +248,46 @@ def run_case(case: str, folder: Path, model: Path, steps: int, *, resume: bool =
     processes = int(os.environ.get("WORLD_SIZE", 1))
     sharing = case.rpartition(":")[0] if processes > 1 else ""
     parallel = PARALLEL.get(sharing)
-    ways = {"fsdp2": gpus_on_the_cpu(**FSDP2), "tp": gpus_on_the_cpu()}
+    hsdp = HSDP if processes == 4 else FSDP2
+    ways = {"fsdp2": gpus_on_the_cpu(**FSDP2), "hsdp": gpus_on_the_cpu(**hsdp), "tp": gpus_on_the_cpu()}
+    ways |= {"zero2": gpus_on_the_cpu(**ZERO2), "zero3": gpus_on_the_cpu(**ZERO3)}
     with ways.get(sharing, nullcontext()):
         run_quietly(recipe(case, folder, model, processes, steps, resume), resume=resume, parallel=parallel)
-        if case.startswith("fsdp2:") and processes > 1:
+        if sharing in ("fsdp2", "hsdp"):
             from accelerate.state import AcceleratorState
 
-            assert AcceleratorState().is_fsdp2 and torch.distributed.get_world_size() == processes
+            state = AcceleratorState()
+            assert state.is_fsdp2 and torch.distributed.get_world_size() == processes
+            assert hsdp is FSDP2 or sharing == "fsdp2" or state.device_mesh.shape == (2, 2)
+
+
+@contextmanager
+def held_is_written(run: Path) -> Iterator[None]:
+    """While it lasts, each step of an optimizer writes what this process holds: values of trained weights, of their
+    gradients and of their moments, and `whole`, what all of these weights come to, name by name."""
+    from torch.distributed.tensor import DTensor
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    def local(tensor: Any) -> int:
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel()
+
+    def write(optimizer: Any, args: Any, kwargs: Any) -> None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        moments = [value for weight in weights for value in optimizer.state[weight].values() if value.ndim]
+        held = {
+            "whole": [list(weight.shape) for weight in weights],
+            "weights": [local(weight) for weight in weights],
+            "gradients": [0 if weight.grad is None else local(weight.grad) for weight in weights],
+            "moments": sum(map(local, moments)),
+        }
+        if any(held["gradients"]):
+            (run / f"held-{os.environ['RANK']}.json").write_text(json.dumps(held))
+
+    handle = register_optimizer_step_post_hook(write)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def apart(one: Path, other: Path, key: str = "loss") -> float:
@@ -257,7 +313,13 @@ def by_hand(folder: Path) -> None:
     cases += ["dpo-adapter", "dpo-weights", "upo-adapter", "lora-adapter+continued", "dpo-adapter+continued"]
     cases += ["upo-adapter+continued", "sft-all+bfloat16"]
     sharded = [f"{way}:{case}" for way in ("fsdp2", "ep") for case in cases] + ["tp:sft-all"]
-    four = [case for case in cases + sharded if case.endswith(("sft-all", "dpo-adapter", "upo-adapter"))]
+    if importlib.util.find_spec("deepspeed"):
+        zero3 = ["sft-all", "lora-adapter", "lora-text_experts"]  # what it is refused for: runs.launched
+        zero2 = [*zero3, "lora-vision+checkpointing", "dpo-adapter", "upo-adapter"]
+        sharded += [f"zero2:{case}" for case in zero2] + [f"zero3:{case}" for case in zero3]
+    some = ("sft-all", "dpo-adapter", "upo-adapter")
+    four = [case for case in cases + sharded if case.endswith(some) and "zero" not in case]
+    four += [f"hsdp:{case}" for case in some]
     for processes, chosen in ((2, cases + sharded), (4, four)):
         for some in (chosen[start : start + 7] for start in range(0, len(chosen), 7)):
             for case in some:
@@ -267,20 +329,20 @@ def by_hand(folder: Path) -> None:
             for case in some:
                 found = apart(run_dir(case, folder, 1), run_dir(case, folder, processes))
                 print(f"{case:34} {processes} processes: {found:.1e}", flush=True)
-    for case in ("fsdp2:sft-all", "fsdp2:dpo-adapter", "ep:sft-all", "ep:dpo-adapter"):
-        for processes in (1, 4):
-            goes_on(case, folder, model, 10, after=4, processes=processes)
-            found = apart(run_dir(case, folder, 2), run_dir(case, folder, processes, resume=True))
-            print(f"{case:34} checkpoint of 2 on {processes}: {found:.1e}", flush=True)
+    for way, begun, others in (("fsdp2", 2, (1, 4)), ("ep", 2, (1, 4)), ("hsdp", 4, (1, 2, 4))):
+        for case, processes in product((f"{way}:sft-all", f"{way}:dpo-adapter"), others):
+            goes_on(case, folder, model, 10, after=4, processes=processes, begun=begun)
+            found = apart(run_dir(case, folder, begun), run_dir(case, folder, processes, resume=True))
+            print(f"{case:34} checkpoint of {begun} on {processes}: {found:.1e}", flush=True)
 
 
-def goes_on(case: str, folder: Path, model: Path, steps: int, *, after: int, processes: int) -> Path:
-    """What two processes did up to a checkpoint, gone on with on one or four. Returns the run directory."""
+def goes_on(case: str, folder: Path, model: Path, steps: int, *, after: int, processes: int, begun: int = 2) -> Path:
+    """What so many processes began, gone on with from a checkpoint on others. Returns the run directory."""
     from tests.test_resume import stopped_after
 
     again = run_dir(case, folder, processes, resume=True)
     shutil.rmtree(again, ignore_errors=True)
-    stopped_after(after, run_dir(case, folder, 2), again)
+    stopped_after(after, run_dir(case, folder, begun), again)
     if processes == 1:
         run_case(case, folder, model, steps, resume=True)
     else:
@@ -301,8 +363,10 @@ def main() -> None:
     torch.multinomial = draw_by_place
     torch.distributed.init_process_group("gloo")
     folder, model, steps, how, *cases = sys.argv[1:]
+    processes = torch.distributed.get_world_size()
     for case in cases:
-        run_case(case, Path(folder), Path(model), int(steps), resume=how == "resume")
+        with held_is_written(run_dir(case, Path(folder), processes, how == "resume")):
+            run_case(case, Path(folder), Path(model), int(steps), resume=how == "resume")
 
 
 if __name__ == "__main__":

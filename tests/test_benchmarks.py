@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from benchmarks import gpu
 from benchmarks.measure import demand_equal, ratio
 from tests.conftest import ROOT
 
@@ -39,7 +40,7 @@ def test_the_gpu_benchmark_runs_on_what_is_here_and_its_arms_lose_alike():
     """So that it is no dead code on the day that a GPU is there."""
     losses = {}
     for arm, task in (("ours", "sft"), ("stock", "sft"), ("ours", "dpo")):
-        run("benchmarks.gpu", "--preset=tiny", f"--arm={arm}", f"--task={task}", "--images", "--steps=1")
+        gpu.main(["--preset=tiny", f"--arm={arm}", f"--task={task}", "--images", "--steps=1"])
         kept = json.loads((ROOT / "benchmarks" / "results" / f"gpu-tiny-{arm}-{task}-images.json").read_text())
         losses[arm, task] = [loss for shape in kept["shapes"] for loss in shape["losses"]]
     assert len(losses["ours", "sft"]) == 4  # of two shapes, a step of warming up and another

@@ -53,6 +53,20 @@ def test_the_launcher_is_called_with_the_users_words():
         *("--num_processes", "8", "-m"),
     ]
     assert "--num_processes" not in launch_command(str(PROFILES / "ddp.yaml"), None, arguments)
+    nodes = launch_command("ddp_nodes", 4, arguments, ["--machine_rank", "1"])
+    assert nodes[6:10] == ["4", "--machine_rank", "1", "-m"]
+
+
+def test_a_process_finds_the_folder_that_the_first_one_holds(tmp_path):
+    """On a disk that is not shared it is not there, or was left by another run."""
+    first, elsewhere = RunDirectory(tmp_path / "shared"), RunDirectory(tmp_path / "own")
+    first.begin("", resume=False)
+    assert RunDirectory(tmp_path / "shared").is_held_by(first.holder())
+    assert not elsewhere.is_held_by(first.holder(), patience=0)
+    elsewhere.path.mkdir()
+    (elsewhere.path / "run.lock").write_text("process 1 on another")
+    assert not elsewhere.is_held_by(first.holder(), patience=0)
+    first.release()
 
 
 def test_an_unknown_profile():
@@ -109,12 +123,15 @@ def test_weights_are_shared_out_once(checkpoints, monkeypatch):
         )
 
 
-@pytest.mark.parametrize(("profile", "processes"), [("cpu", 2), ("one_gpu", 1)])
-def test_a_launched_run_stops_and_says_so_as_any_other(checkpoints, text_rows, tmp_path, profile, processes):
+@pytest.mark.parametrize(
+    ("profile", "processes", "launcher"), [("cpu", 2, "--max_restarts 3"), ("cpu", 2, ""), ("one_gpu", 1, "")]
+)
+def test_a_launched_run_stops_and_says_so_as_any_other(checkpoints, text_rows, tmp_path, profile, processes, launcher):
     """At SIGTERM: every process saves and ends with 75, none outlives the launch, and that is its exit code."""
     recipe = recipe_of("lora", checkpoints["dense"], text_rows, tmp_path / "run", training={"max_steps": 100_000})
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))  # JSON is YAML
     words = ["lora", str(tmp_path / "recipe.json"), "--launch", profile, "--processes", str(processes)]
+    words += ["--launcher", launcher] if launcher else []  # it would start anew what ends with another code than 0
     metrics = tmp_path / "run" / "metrics.jsonl"
     with (tmp_path / "log").open("w") as log:
         started = subprocess.Popen([sys.executable, "-m", "ernie_align", *words], cwd=ROOT, stdout=log, stderr=log)

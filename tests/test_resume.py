@@ -142,6 +142,17 @@ def test_a_checkpoint_that_is_not_whole_is_named_and_passed_over(again, a_run, h
     assert logged(run_dir) == logged(a_run[0])
 
 
+def test_a_checkpoint_of_deepspeed_is_gone_on_with_by_deepspeed(again):
+    """Trainer would begin with an empty optimizer, and say nothing."""
+    run_dir, recipe = again
+    written = run_dir / "checkpoint-6" / "global_step6"
+    written.mkdir()
+    for process in range(2):
+        (written / f"zero_pp_rank_{process}_mp_rank_00_optim_states.pt").touch()
+    with pytest.raises(RunError, match="written by 2 processes under DeepSpeed, and this run is without it"):
+        run_quietly(recipe, resume=True)
+
+
 def test_with_no_whole_checkpoint_the_run_begins_anew(again, a_run):
     run_dir, recipe = again
     for checkpoint in run_dir.glob("checkpoint-*"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -51,9 +52,10 @@ class Endpoint:
         body = (
             text if status != 200 or text.startswith("<") else json.dumps({"choices": [{"message": {"content": text}}]})
         )
-        handler.send_response(status)
-        handler.end_headers()
-        handler.wfile.write(body.encode())
+        with suppress(OSError):  # who asked has gone
+            handler.send_response(status)
+            handler.end_headers()
+            handler.wfile.write(body.encode())
 
     def close(self):
         self.server.shutdown()

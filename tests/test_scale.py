@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -21,7 +23,9 @@ BFLOAT16 = "fsdp2:sft-all+bfloat16"
 CONTINUED = ["fsdp2:lora-adapter+continued", "fsdp2:dpo-adapter+continued"]
 CASES = ["sft-all", "dpo-adapter", "upo-adapter", *RESUMED, "fsdp2:upo-adapter+early", *CONTINUED]
 CASES.append("fsdp2:dpo-weights")  # its reference is whole on each process, and touches nothing
-CASES += ["ep:dpo-adapter", "ep:upo-adapter+early", "tp:sft-all"]
+CASES += ["ep:dpo-adapter+continued", "ep:upo-adapter+early", "tp:sft-all"]
+# a frozen tower, and embeddings that checkpointing makes to require gradients: text must fetch no more than images
+CASES.append("fsdp2:lora-vision_experts+checkpointing")
 STEPS = 3
 TOKENS = ("eval_loss", "eval_mean_token_accuracy")
 PAIRS = ("entropy", "rewards/chosen", "rewards/accuracies", "rewards/margins", "logps/rejected", "logits/chosen")
@@ -47,9 +51,26 @@ def test_two_processes_are_one(folder, checkpoints, case, monkeypatch):
     assert len(logged(run_dir(case, folder, 2))) == STEPS
     one, two = run_dir(case, folder, 1), run_dir(case, folder, 2)
     assert apart(one, two) <= BOUND
+    if "upo" not in case:
+        # of all gradients together; Adam's own division hides their size from the losses
+        assert apart(one, two, "grad_norm") <= BOUND * max(1, *logged(one, "grad_norm"))
     # seven rows: the last batches are filled up with rows that were counted already
     for key in EVALUATED.get(case.removeprefix("fsdp2:").partition("-")[0], ()):
         assert apart(one, two, key) <= BOUND * max(1, *map(abs, logged(one, key)))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("ep:") and "sft" not in case])
+def test_adapters_on_dealt_out_experts_are_spread(folder, case):
+    """Each process holds half of the rows of every adapter weight, of its gradient and of both its moments: FSDP2 cuts
+    by rows, and the first of two has the odd one."""
+    held = [json.loads((run_dir(case, folder, 2) / f"held-{rank}.json").read_text()) for rank in range(2)]
+    assert held[0]["whole"] == held[1]["whole"]
+    for rank, process in enumerate(held):
+        half = [(rows + 1 - rank) // 2 * columns for rows, columns in process["whole"]]
+        assert process["weights"] == half
+        # a step without an image leaves vision parts without a gradient
+        assert all(found in (0, own) for found, own in zip(process["gradients"], half, strict=True))
+        assert any(process["gradients"]) and process["moments"] == 2 * sum(half)
 
 
 def test_bfloat16_weights_are_trained_as_float32_copies(folder, checkpoints):
@@ -83,15 +104,19 @@ def test_one_process_goes_on_where_two_stopped(folder, checkpoints, case):
 
 def test_four_processes_go_on_where_others_stopped(folder, checkpoints):
     """Two, of shards, and one: dealt-out experts are elsewhere in its optimizer, and a group of their own in that of
-    four."""
-    sharded, dealt_out = "fsdp2:sft-all", "ep:sft-all"
-    if not run_dir(dealt_out, folder, 1).exists():
-        run_case(dealt_out, folder, checkpoints["vl_moe"], STEPS)
-    for case, begun in ((sharded, 2), (dealt_out, 1)):
+    four; its adapter and moments are whole, and four take their part."""
+    sharded, dealt_out, adapter = "fsdp2:sft-all", "ep:sft-all", "ep:lora-vision+checkpointing"
+    for case, begun in ((sharded, 2), (dealt_out, 1), (adapter, 1)):
+        if not run_dir(case, folder, begun).exists():
+            run_case(case, folder, checkpoints["vl_moe"], STEPS)
         stopped_after(2, run_dir(case, folder, begun), run_dir(case, folder, 4, resume=True))
-    scale_cases.launch(folder, checkpoints["vl_moe"], 4, [sharded, dealt_out], steps=STEPS, resume=True)
-    for case in (sharded, dealt_out):
-        assert apart(run_dir(case, folder, 2), run_dir(case, folder, 4, resume=True)) <= BOUND
+    replicated = "hsdp:sft-all"  # over two machines of two
+    stopped_after(2, run_dir(sharded, folder, 2), run_dir(replicated, folder, 4, resume=True))
+    cases = [sharded, dealt_out, adapter, replicated]
+    scale_cases.launch(folder, checkpoints["vl_moe"], 4, cases, steps=STEPS, resume=True)
+    for case in cases:
+        same = sharded if case == replicated else case
+        assert apart(run_dir(same, folder, 2), run_dir(case, folder, 4, resume=True)) <= BOUND
 
 
 @pytest.mark.parametrize("case", [*RESUMED, *CONTINUED])

@@ -325,6 +325,9 @@ def test_numbers_that_are_no_numbers_name_the_checkpoint_to_go_on_from(of, tmp_p
 # -- several processes ---
 
 
+of_scenes = pytest.mark.xdist_group("scenes")  # played once, not by each worker
+
+
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     """What became of several processes (tests.scenes), and the folder with their output."""
@@ -334,12 +337,14 @@ def scenes(tmp_path_factory):
     return folder, json.loads((folder / "scenes.json").read_text())
 
 
+@of_scenes
 def test_killed_at_random_moments_and_resumed(scenes):
     """Three moments; `python -m tests.kill` tries as many as you like."""
     for what, told in scenes[1]["killed"]:
         assert not told, f"{what}: {told}"
 
 
+@of_scenes
 def test_data_workers_outlive_a_signal_to_the_whole_group(scenes):
     """Slurm and a terminal's Ctrl-C signal every process of the job; the step's batches are still needed."""
     folder, told = scenes
@@ -347,6 +352,7 @@ def test_data_workers_outlive_a_signal_to_the_whole_group(scenes):
     assert "after step 2" in (folder / "group-0.log").read_text()
 
 
+@of_scenes
 @pytest.mark.parametrize(("name", "ended"), [("dies", -signal.SIGKILL), ("sleeps", None)])
 def test_a_process_that_is_lost_ends_the_others_with_the_step_and_its_number(scenes, name, ended):
     """After ten seconds of waiting, as ddp_timeout says, and ten of asking who is missing; not after half an hour."""
@@ -359,6 +365,7 @@ def test_a_process_that_is_lost_ends_the_others_with_the_step_and_its_number(sce
     assert broken(folder / name / "checkpoint-2", hashes=True) is None
 
 
+@of_scenes
 def test_processes_stop_together_and_go_on_together(scenes):
     """One of the two is signalled; both save at the same step, and end as the run that was never stopped."""
     folder, told = scenes

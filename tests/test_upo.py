@@ -343,8 +343,8 @@ def test_two_runs_of_one_seed_are_one_run(checkpoints, mixed_prompts, tmp_path):
 
 MODES = {
     "rollouts": {},
-    "several steps a rollout": {
-        "training": {"per_device_train_batch_size": 4, "steps_per_generation": 3, "num_iterations": 1},
+    "within a rollout": {  # of four steps
+        "training": {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 2},
     },
     "dataset": {"upo": {"pairs": "dataset", "pairs_data": [{"path": "PAIRS"}], "pairs_batch_size": 2}},
     "full, dataset, no reference model": {
@@ -469,7 +469,6 @@ def test_rewards_are_normalized_within_their_domain(checkpoints, text_prompts, t
     ("block", "values", "what"),
     [
         ("training", {"per_device_train_batch_size": 6}, "no whole groups of 4"),
-        ("training", {"save_strategy": "steps", "save_steps": 1, "num_iterations": 2}, "falls between two rollouts"),
         ("training", {"beta": 0.1}, "set upo.kl_weight"),
         ("training", {"num_generations_eval": 3}, "no whole groups of 3"),
         ("upo", {"pairs": "dataset"}, "name sources of preference rows"),

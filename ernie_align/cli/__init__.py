@@ -9,7 +9,7 @@ import typer
 from ernie_align.cli import evaluation, making, recipes
 from ernie_align.cli.training import train
 from ernie_align.errors import AlignError, Interrupted, RecipeError, RunError
-from ernie_align.runs.launch import tell_launcher
+from ernie_align.runs.launch import STOPPED, tell_launcher
 from ernie_align.stages import STAGES
 
 app = typer.Typer(
@@ -43,7 +43,7 @@ app.add_typer(_data, name="data", rich_help_panel="Look")
 
 # 4 is a missed requirement of eval, or a check that failed. 75 is sysexits' EX_TEMPFAIL, "try again": a bare 143 is
 # also what a process leaves that was killed and saved nothing.
-_EXIT_CODES = {Interrupted: 75, RecipeError: 2, RunError: 3, AlignError: 1}
+_EXIT_CODES = {Interrupted: STOPPED, RecipeError: 2, RunError: 3, AlignError: 1}
 
 
 def main() -> None:
@@ -54,5 +54,4 @@ def main() -> None:
     except AlignError as error:
         typer.echo(str(error), err=True)
         code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
-        tell_launcher(code)
-        sys.exit(code)
+        sys.exit(tell_launcher(code))

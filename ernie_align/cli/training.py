@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import Annotated
 
@@ -27,6 +28,10 @@ def train(stage: Stage) -> Callable[..., None]:
             typer.Option(metavar="PROFILE", help="Run on several processes: a name or file of recipes/accelerate."),
         ] = None,
         processes: Annotated[int | None, typer.Option(min=1, help="Of --launch; otherwise the profile's.")] = None,
+        launcher: Annotated[
+            str | None,
+            typer.Option(metavar="WORDS", help="Of --launch: options of accelerate launch, before the profile's."),
+        ] = None,
         tp_size: Annotated[int, typer.Option(min=1, help="Processes over which each matrix is cut.")] = 1,
         ep_size: Annotated[int, typer.Option(min=1, help="Processes over which the experts are dealt out.")] = 1,
     ) -> None:
@@ -37,9 +42,11 @@ def train(stage: Stage) -> Callable[..., None]:
             arguments = [stage.name, str(recipe), *(overrides or ()), *(["--resume"] if resume else [])]
             sizes = {"--tp-size": tp_size, "--ep-size": ep_size}
             arguments += [word for name, size in sizes.items() if size > 1 for word in (name, str(size))]
-            raise typer.Exit(start_processes(launch, processes, arguments))
+            raise typer.Exit(start_processes(launch, processes, arguments, shlex.split(launcher or "")))
         if processes is not None:
             raise typer.BadParameter("say how they share the work with --launch", param_hint="--processes")
+        if launcher is not None:
+            raise typer.BadParameter("say what it launches with --launch", param_hint="--launcher")
         ernie_align.run(checked, resume=resume, tp_size=tp_size, ep_size=ep_size)
 
     return verb

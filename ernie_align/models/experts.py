@@ -144,16 +144,21 @@ class ParamWrapper(lora.ParamWrapper):
         parts = [self._factors(adapter) for adapter in self.active_adapters if adapter in self.lora_A]
         if len(parts) < 2:
             return parts[0] if parts else None
-        return LowRank(*(torch.cat(factors, dim=1) for factors in zip(*parts, strict=True)))
+        a, b, scaling = zip(*parts, strict=True)
+        return LowRank(torch.cat(a, dim=1), torch.cat(b, dim=1), torch.cat(scaling))
 
     def _factors(self, adapter: str) -> LowRank:
-        """PEFT keeps A as (E·r, in) and B as (out, r·E), in float32 also where the experts are bfloat16."""
-        a = self.lora_A[adapter].weight.view(self.num_experts, self.r[adapter], -1) * self.scaling[adapter]
-        b = self.lora_B[adapter].weight.view(-1, self.r[adapter], self.num_experts).permute(2, 1, 0)
+        """PEFT keeps A as (E·r, in) and B as (out, r·E), in float32 also where the experts are bfloat16. Of dealt-out
+        experts, only this process's are taken."""
+        experts = self.get_base_layer()
+        own = experts.low_rank.own if experts._is_expert_parallel else slice(None)
+        a = self.lora_A[adapter].weight.view(self.num_experts, self.r[adapter], -1)[own]
+        b = self.lora_B[adapter].weight.view(-1, self.r[adapter], self.num_experts).permute(2, 1, 0)[own]
         rows = -self.r[adapter] % 8  # the kernels want strides of 16 bytes, of bfloat16 too
         a, b = (pad(factor, (0, 0, 0, rows)) if rows else factor for factor in (a, b))
         dtype = self.get_param().dtype
-        return LowRank(a.to(dtype), b.to(dtype).contiguous())
+        scaling = torch.full(a.shape[1:2], self.scaling[adapter], dtype=torch.float32, device=a.device)
+        return LowRank(a.to(dtype), b.to(dtype).contiguous(), scaling)
 
 
 def _obstacle(experts: nn.Module) -> str | None:

@@ -36,12 +36,15 @@ _LOW_RANK = "ernie_align_low_rank"  # in transformers' registry of ways to bring
 class LowRankEP(AutoEP):
     """transformers' exchange of tokens. What the experts of this process then compute has their adapters in it.
 
-    updates: of `gate_up_proj` and `down_proj`, of all experts; set while a wrapper's forward lasts.
+    own: which of all experts are here; updates: theirs, of `gate_up_proj` and `down_proj`; set while a wrapper's
+    forward lasts.
     """
 
     def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any):
         super().__init__(experts, ep_mesh, tp_mesh)
         self.frozen, self.experts, self.updates = self.experts_forward, experts, {}
+        first = ep_mesh.get_local_rank() * self.num_local_experts
+        self.own = slice(first, first + self.num_local_experts)
         # the other way there is, of neighbours that share a batch, never meets adapters
         self.all_to_all.experts_forward = self._compute
         experts.low_rank = self  # where a wrapper finds it
@@ -50,16 +53,13 @@ class LowRankEP(AutoEP):
         """Rows that came, with numbers of experts among those here."""
         if not self.updates:
             return self.frozen(hidden, top_k_index, top_k_weights)
-        first = self.ep_mesh.get_local_rank() * self.num_local_experts
-        own = slice(first, first + self.num_local_experts)
-        updates = {name: LowRank(a[own], b[own]) for name, (a, b) in self.updates.items()}
         return low_rank_experts(
             self.experts,
             hidden,
             top_k_index,
             top_k_weights,
-            gate_up=updates.get("gate_up_proj"),
-            down=updates.get("down_proj"),
+            gate_up=self.updates.get("gate_up_proj"),
+            down=self.updates.get("down_proj"),
         )
 
     @contextmanager

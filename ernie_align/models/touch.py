@@ -37,6 +37,12 @@ def are_shared_out(*modules: nn.Module) -> bool:
     return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in weights)
 
 
+def are_frozen(*modules: nn.Module) -> bool:
+    """Nothing in these modules is trained or adapted, whichever adapter is on."""
+    named = [pair for module in modules for pair in module.named_parameters()]
+    return not any(weight.requires_grad or ".lora_" in name for name, weight in named)
+
+
 def touch_vision(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook of an `Ernie4_5_VLMoeModel`: where no image is shown, none of the smallest one is.
 
@@ -59,7 +65,10 @@ def touch_vision(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
     device = kwargs["input_ids"].device
     patch = tower.patch_embed
     pixels = torch.zeros(side * side, patch.in_channels * patch.patch_size**2, device=device)
-    seen = backbone.get_image_features(pixels, torch.tensor([[1, side, side]], device=device), return_dict=True)
+    # A frozen tower takes images without gradient (models.vision_once). Embeddings made to require gradients for
+    # checkpointing would send a backward through this one alone, and fetch shards that no other process asks for.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not are_frozen(tower, resampler)):
+        seen = backbone.get_image_features(pixels, torch.tensor([[1, side, side]], device=device), return_dict=True)
     seen.pooler_output = tuple(tokens[:0] for tokens in seen.pooler_output)
     kwargs["mm_encoder_outputs"] = {"image": seen}
     return args, kwargs
@@ -74,8 +83,13 @@ def touch_vision_pool(block: RowMoeBlock, args: tuple, output: tuple[Tensor, Ten
         return None
     # Zeros that depend on the hidden states: shards are fetched again for the backward pass where its gradient passes.
     token = hidden_states.reshape(-1, hidden_states.shape[-1])[:1] * 0
-    # past the pool's own door, where the routing guard counts the tokens of the data
-    touched, _ = block.vision_moe.forward(token)
+    # ZeRO-3 wants the same calls of the same modules everywhere: so through the pool's own door, where the routing
+    # guard counts the tokens of the data, and is told that this is none
+    block.vision_moe.is_only_touched = True
+    try:
+        touched, _ = block.vision_moe(token)
+    finally:
+        block.vision_moe.is_only_touched = False
     return output[0] + touched[:0].sum(), output[1]
 
 
@@ -90,17 +104,38 @@ def touch_every_pool(backbone: nn.Module) -> None:
             layer.mlp.register_forward_hook(touch_vision_pool)
 
 
+def touch_within(backbone: nn.Module) -> None:
+    """After DeepSpeed has put its hooks on: an image is shown within the backbone, so none of one is too. ZeRO-3
+    compares the order of modules on all processes, and fetches weights by it."""
+    backbone._forward_pre_hooks.move_to_end(_place_of(backbone))
+
+
+def _place_of(backbone: nn.Module) -> int:
+    return next(place for place, hook in backbone._forward_pre_hooks.items() if hook is touch_vision)
+
+
 def touched_backbone(model: nn.Module) -> nn.Module | None:
     """The backbone in a model that `touch_every_pool` was installed on, if it was."""
     return next((module for module in model.modules() if touch_vision in module._forward_pre_hooks.values()), None)
 
 
-def drop_gradients_of_nothing(backbone: nn.Module) -> None:
-    """Between backward pass and optimizer, on every process: what no process showed an image to is not stepped."""
+def any_saw_an_image(backbone: nn.Module) -> bool:
+    """Whether any process showed its model an image, in a forward that learns, since this was asked last. All must ask
+    at the same point."""
     seen = torch.tensor(int(backbone.has_learned_from_images), device=next(backbone.parameters()).device)
     torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
     backbone.has_learned_from_images = False
-    if not seen:
-        pools = [layer.mlp.vision_moe for layer in backbone.language_model.layers if isinstance(layer.mlp, RowMoeBlock)]
-        for part in (backbone.vision_tower, backbone.resampler_model, *pools):
+    return bool(seen)
+
+
+def vision_parts(backbone: nn.Module) -> list[nn.Module]:
+    """What nothing but images passes through."""
+    pools = [layer.mlp.vision_moe for layer in backbone.language_model.layers if isinstance(layer.mlp, RowMoeBlock)]
+    return [backbone.vision_tower, backbone.resampler_model, *pools]
+
+
+def drop_gradients_of_nothing(backbone: nn.Module) -> None:
+    """Between backward pass and optimizer, on every process: what no process showed an image to is not stepped."""
+    if not any_saw_an_image(backbone):
+        for part in vision_parts(backbone):
             part.zero_grad(set_to_none=True)

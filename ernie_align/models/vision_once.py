@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ernie_align.models.touch import are_shared_out
+from ernie_align.models.touch import are_frozen, are_shared_out
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
@@ -29,8 +29,7 @@ def vision_is_frozen(model: nn.Module) -> bool:
     step, and with the adapters off. True of a text model."""
     backbone = backbone_of(model)
     parts = [getattr(backbone, name) for name in ("vision_tower", "resampler_model") if hasattr(backbone, name)]
-    named = [pair for part in parts for pair in part.named_parameters()]
-    return not any(parameter.requires_grad or ".lora_" in name for name, parameter in named)
+    return are_frozen(*parts)
 
 
 class ImagesOnce:

@@ -123,7 +123,8 @@ def _layer(setting: Setting, shape: Shape, layer: Layer, number: int, places: _P
         size += setting.positions * share * _routed(setting, shape, part, pool.width, pool.experts, number, places)
         if share:  # the adapters' factors as the kernel wants them: of each weight, r values in and r out for an expert
             ranks = sum(places.adapted(number, part))
-            size += pool.experts * ranks * (shape.hidden + 1.5 * pool.width) * setting.bytes_each
+            here = pool.experts / (setting.gpus if setting.strategy == "ep" else 1)
+            size += here * ranks * (shape.hidden + 1.5 * pool.width) * setting.bytes_each
     return size
 
 

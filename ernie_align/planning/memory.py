@@ -51,15 +51,13 @@ def memory(setting: Setting, anatomy: Anatomy, shape: Shape) -> Memory:
     """Of a run with this setting."""
     share = 1 / setting.gpus
     whole_weights = share if setting.strategy in ("fsdp", "zero3", "ep") else 1.0
-    # put on dealt-out experts, adapters are whole everywhere
-    whole_adapters = 1.0 if setting.strategy == "ep" else whole_weights
-    states = 1.0 if setting.strategy == "ddp" or (setting.strategy == "ep" and setting.is_adapter) else share
+    states = 1.0 if setting.strategy == "ddp" else share
 
     base = weight_bytes(anatomy, setting)
     weights = base * whole_weights
     if whole_weights < 1:
         weights += _largest_layer(anatomy, setting)  # gathered while it computes
-    adapters = setting.trainable * 4.0 * (1 + setting.copies) * whole_adapters if setting.is_adapter else 0.0
+    adapters = setting.trainable * 4.0 * (1 + setting.copies) * whole_weights if setting.is_adapter else 0.0
     gradients = _trained_bytes(anatomy, setting) * states
     if setting.gpus > 1 and setting.strategy == "ddp":
         gradients *= 2  # the buckets in which they are reduced
@@ -101,13 +99,16 @@ def _bits(tensor: Tensor, setting: Setting) -> float:
 
 
 def _largest_layer(anatomy: Anatomy, setting: Setting) -> float:
+    """With its adapters, and with their gradients until these are shared out again."""
+    adapters = {target.tensor.name: target.tensor.lora_size(target.rank) for target in setting.targets or ()}
     layers: dict[tuple[str, int | None], float] = {}
     for tensor in anatomy.tensors:
-        if setting.strategy == "ep" and tensor.kind == "fused":
-            continue  # experts stay where they are
+        size = 4.0 * adapters.get(tensor.name, 0) * (2 + setting.copies)
+        if setting.strategy != "ep" or tensor.kind != "fused":  # dealt-out experts stay where they are
+            size += tensor.size * _bits(tensor, setting) / 8
         stack = "tower" if tensor.part == "vision_tower" else "decoder"
         key = (stack, tensor.layer) if tensor.layer is not None else (tensor.name, None)
-        layers[key] = layers.get(key, 0.0) + tensor.size * _bits(tensor, setting) / 8
+        layers[key] = layers.get(key, 0.0) + size
     return max(layers.values())
 
 

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,19 @@ class RunDirectory:
         lock.write(f"process {os.getpid()} on {platform.node()}")
         lock.flush()
         self._lock = lock
+
+    def holder(self) -> str:
+        """Which process of which machine took the folder last."""
+        lock = self.path / "run.lock"
+        return lock.read_text(encoding="utf-8") if lock.exists() else ""
+
+    def is_held_by(self, holder: str, *, patience: float = 60) -> bool:
+        """Whether this is the folder that it took, on another machine perhaps. Asks for so many seconds: NFS shows a
+        new file late where the folder was looked at before."""
+        until = time.monotonic() + patience
+        while self.holder() != holder and time.monotonic() < until:
+            time.sleep(1)
+        return self.holder() == holder
 
     def release(self) -> None:
         """Let another process have the folder."""

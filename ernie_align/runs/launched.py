@@ -69,6 +69,29 @@ def prepare_processes(
         os.environ.setdefault("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", ",".join(units.experts))
 
 
+def prepare_zero(config: Any, anatomy: Anatomy, stage: str) -> None:
+    """Under DeepSpeed, between the trainer's arguments and the weights: refuse what it cannot do, and have the whole
+    model loaded by every process, as it is everywhere else. DeepSpeed cuts it when it gets it with its adapters on.
+
+    transformers would cut it for ZeRO-3 while it loads, and take from weights the shapes by which adapters are made.
+    Accelerate asks it for ZeRO-3 again when the trainer is built. Raises RunError.
+    """
+    plugin = getattr(config, "deepspeed_plugin", None)
+    if plugin is None:
+        return
+    if plugin.zero_stage == 3 and anatomy.has_vision:
+        # a collective mismatch in the first step, or a wait for ever, on processes of which one alone sees images
+        what = f"stage {stage}" if stage in ("dpo", "upo") else "gradient_checkpointing"
+        if stage in ("dpo", "upo") or config.gradient_checkpointing:
+            why = "processes that see images and processes that see text would fetch weights in different orders"
+            fix = "launch with fsdp2, ep or zero2"
+            fix += "" if stage in ("dpo", "upo") else ", or set training.gradient_checkpointing: false"
+            raise RunError.at("launcher", f"ZeRO-3 with {what}, for a model that sees images", why=why, fix=fix)
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
 def prove_processes(accelerator: Accelerator, model: Any) -> str:
     """One line about what the processes are. Raises RunError where that is not what was asked for."""
     found, count = accelerator.distributed_type.value, accelerator.num_processes

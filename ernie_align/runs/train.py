@@ -20,7 +20,7 @@ from ernie_align.models.seal import flush, seal
 from ernie_align.models.sharding import Parallel
 from ernie_align.recipe import Recipe, to_yaml
 from ernie_align.runs.directory import RunDirectory
-from ernie_align.runs.launched import asked_for, first_reads, prepare_processes, prove_processes
+from ernie_align.runs.launched import asked_for, first_reads, prepare_processes, prepare_zero, prove_processes
 from ernie_align.runs.processes import Processes, begin_processes, timeout_of
 from ernie_align.runs.setup import Setup, prepare_data, set_up
 from ernie_align.stages import Batches
@@ -94,6 +94,7 @@ def run(recipe: Recipe, *, resume: bool = False, parallel: Parallel | None = Non
         beforehand=setup.stage.beforehand(recipe),
     )
     config = setup.stage.configure(recipe, recipe.run.dir)  # what TRL refuses is refused before anything is made
+    prepare_zero(config, setup.anatomy, recipe.stage)
     with listening(directory) as signals:
         try:
             processes = Processes(timeout_of(recipe))
@@ -129,6 +130,12 @@ def _begin_together(
         raise fault
     if not may_begin:
         raise RunError.at(directory.where, "the first process could not begin", fix="see what it says")
+    holder = processes.of_first(directory.holder())
+    is_here = directory.is_held_by(holder)
+    if processes.any(not is_here):
+        what = f"{directory.path} is not the folder that the first process holds ({holder})"
+        what = "another process finds no such folder" if is_here else what
+        raise RunError.at(directory.where, what, fix="name a folder on a disk that all machines share")
 
 
 def _begin(directory: RunDirectory, recipe: Recipe, reporter: Reporter, *, resume: bool, examples_a_step: int) -> None:

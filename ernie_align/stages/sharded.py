@@ -10,21 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 
 from ernie_align.errors import ModelError
 from ernie_align.models.first import tell_apart
 from ernie_align.models.parallel import spread
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from ernie_align.models.touch import touch_within, touched_backbone
+from ernie_align.stages.zero import judge_checkpoint, judge_zero, part_groups
 
 SHARDED = "sharded"
 
@@ -41,6 +41,8 @@ class ShardedTrainer(Trainer):
         self.args.save_only_model = wanted
         # FSDP2 trains float32 copies of bfloat16 weights: what is saved is of the model's own dtype
         self._dtypes = {name: weight.dtype for name, weight in self.model.named_parameters()}
+        if self.is_deepspeed_enabled:
+            judge_zero(self)
 
     @property
     def _owns_its_shards(self) -> bool:
@@ -58,16 +60,37 @@ class ShardedTrainer(Trainer):
         meta (models.first), all would lie at one place."""
         if self.is_fsdp_enabled:
             tell_apart(self.model, in_float32=self.accelerator.mixed_precision != "no")
-        return super().create_optimizer(model)
+        super().create_optimizer(model)
+        if self.is_deepspeed_enabled:
+            part_groups(self)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Trainer's. The model has been wrapped when it is called."""
+        backbone = touched_backbone(self.model) if self.is_deepspeed_enabled else None
+        if backbone is not None:
+            touch_within(backbone)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Trainer's. An adapter is loaded before it is sharded; a model was built from its checkpoint (runs.train)."""
+        if resume_from_checkpoint:
+            judge_checkpoint(self, Path(resume_from_checkpoint))
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                # What a forward before training has gathered outside the layers stays so: the optimizer would take
+                # those weights for the model's own, and train what nobody keeps.
+                module.reshard()
         if self.is_fsdp_enabled and resume_from_checkpoint and hasattr(self.model, "peft_config"):
             super()._load_from_checkpoint(resume_from_checkpoint, self.model)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's. Sharded weights are gathered, tensor by tensor, and written by the first process."""
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage < 3:
+            if self.args.should_save:  # weights are whole; a copy of them, which Accelerate makes, parts tied ones
+                self._save(output_dir)
+            return
         if not (self.is_fsdp_enabled or self._owns_its_shards):
             super().save_model(output_dir, _internal_call)
             return
@@ -136,9 +159,11 @@ def _as_if_whole(config: Any) -> Iterator[None]:
         config.distributed_config = shared_out
 
 
-def load_adapter_state(model: PeftModel, folder: Path) -> None:
-    """A checkpoint's adapter into the active one, which is spread over the processes. Raises ModelError where the two
-    have not the same weights."""
+def load_adapter_state(model: nn.Module, folder: Path) -> None:
+    """A checkpoint's adapter into the active one of a PeftModel, spread over the processes.
+
+    Raises ModelError where the two have not the same weights.
+    """
     (adapter,) = model.active_adapters
     own = {
         name.replace(f".{adapter}.", "."): weight

@@ -54,9 +54,6 @@ _DEFAULTS = {
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 8,
     "gradient_accumulation_steps": 1,
-    "num_iterations": 1,
-    "save_strategy": "steps",
-    "save_steps": 500,
 }
 
 
@@ -169,7 +166,7 @@ class UpoRecipe(PolicyRecipe):
         given = {key: self.training.get(key) or default for key, default in _DEFAULTS.items()}
         size, steps = given["per_device_train_batch_size"], given["gradient_accumulation_steps"]
         per_generation = self.training.get("steps_per_generation") or steps
-        if not all(isinstance(n, int) for n in (size, steps, per_generation, given["num_iterations"])):
+        if not all(isinstance(n, int) for n in (size, steps, per_generation)):
             return self  # judged as TRL's keys
         if size * per_generation % self.upo.num_generations:
             what = f"{size} rows a batch x {per_generation} batches a rollout hold no whole groups of "
@@ -183,11 +180,6 @@ class UpoRecipe(PolicyRecipe):
         if self.data.eval and isinstance(asked, int) and isinstance(evaluated, int) and evaluated % asked:
             what = f"per_device_eval_batch_size {evaluated} holds no whole groups of {asked}"
             raise fault("training", what, fix="make it a multiple of num_generations_eval (else upo.num_generations)")
-        every = per_generation * given["num_iterations"]
-        saved = given["save_steps"]
-        if given["save_strategy"] == "steps" and isinstance(saved, int) and saved * steps % every:
-            what = f"save_steps {saved} falls between two rollouts, which are {every / steps:g} steps apart"
-            raise fault("training", what, fix="make it a multiple: a run resumes where completions are drawn")
         return self
 
     @model_validator(mode="after")

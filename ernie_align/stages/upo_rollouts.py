@@ -25,13 +25,14 @@ from ernie_align.models.vision_once import encoded_once
 from ernie_align.rewards import Reward
 from ernie_align.rewards.completion import message
 from ernie_align.rewards.normalize import advantages
-from ernie_align.stages.upo_forwards import WatchedTrainer, together
+from ernie_align.stages.upo_forwards import together
 from ernie_align.stages.upo_groups import Group, deal, pair_up, sampled_logps, weighted_sum, why_left_out
+from ernie_align.stages.upo_open import OpenRolloutTrainer
 from ernie_align.stages.upo_recipe import UpoBlock
 from ernie_align.stages.upo_tables import CompletionTables, figures_of, table_of
 
 
-class RolloutTrainer(WatchedTrainer):
+class RolloutTrainer(OpenRolloutTrainer):
     """Draws completions, has them judged, and deals them to batches.
 
     block: the recipe's; rewards: in its order; tables: where completions are kept. Other arguments as WatchedTrainer.
@@ -63,8 +64,7 @@ class RolloutTrainer(WatchedTrainer):
         """
         if not self.model.training:
             return self._roll_out(generation_batch, self.num_generations_eval, batches=1)[0]
-        every = self.args.steps_per_generation * self.num_iterations
-        if self._step % every == 0 or self._buffered_inputs is None:
+        if self._step % self._batches_a_rollout == 0 or self._buffered_inputs is None:
             batches = self.args.steps_per_generation
             self._buffered_inputs = self._roll_out(generation_batch, self.num_generations, batches=batches)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
@@ -264,7 +264,7 @@ class RolloutTrainer(WatchedTrainer):
         """Whether completions come from another policy than the one that learns first: TRL's own condition."""
         if self.use_vllm and self.vllm_importance_sampling_correction:
             return True
-        return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0
+        return self.args.gradient_accumulation_steps % self._batches_a_rollout != 0
 
     def _with_shared_counts(self, batches: list[dict[str, Any]], groups: Sequence[Group]) -> list[dict[str, Any]]:
         """What the sums of a batch are divided by: tokens and pairs of the whole rollout, on all processes."""

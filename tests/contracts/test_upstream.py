@@ -385,6 +385,23 @@ def test_the_experts_of_both_families_are_what_grouped_products_take(checkpoints
     assert "self._apply_gate(proj_out)" in inspect.getsource(grouped_mm_experts_forward)
 
 
+def test_experts_can_be_dealt_out_before_the_rest_is_spread():
+    """models.parallel puts adapters on between the two: told of one batch, transformers leaves FSDP2 out, and what does
+    FSDP2 asks for nothing else than the meshes and the two plans."""
+    from transformers import PreTrainedModel
+    from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
+
+    source = inspect.getsource(PreTrainedModel.maybe_distribute_model)
+    spread = "if distributed_config.dp_size > 1:\n            model = apply_fully_sharded_data_parallelism("
+    assert source.count(".dp_size") == 1 and spread in source
+    assert "model._mesh_manager = mesh_manager" in source
+    assert "fsdp_plan = dict(self.fsdp_plan) if distributed_config.dp_size > 1 else {}" in inspect.getsource(
+        PreTrainedModel._resolve_parallel_plans
+    )
+    taken = list(inspect.signature(apply_fully_sharded_data_parallelism).parameters)
+    assert taken == ["model", "mesh_manager", "fsdp_plan", "ep_plan"]
+
+
 def test_the_language_model_passes_the_routing_tensor_on_untouched():
     """models.dispatch hands rows down in its place; tests/test_dispatch.py proves that they arrive."""
     from transformers.models.ernie4_5_vl_moe import modeling_ernie4_5_vl_moe as module
