@@ -317,9 +317,9 @@ def by_hand(folder: Path) -> None:
         zero3 = ["sft-all", "lora-adapter", "lora-text_experts"]  # what it is refused for: runs.launched
         zero2 = [*zero3, "lora-vision+checkpointing", "dpo-adapter", "upo-adapter"]
         sharded += [f"zero2:{case}" for case in zero2] + [f"zero3:{case}" for case in zero3]
-    some = ("sft-all", "dpo-adapter", "upo-adapter")
-    four = [case for case in cases + sharded if case.endswith(some) and "zero" not in case]
-    four += [f"hsdp:{case}" for case in some]
+    of_four = ("sft-all", "dpo-adapter", "upo-adapter")
+    four = [case for case in cases + sharded if case.endswith(of_four) and "zero" not in case]
+    four += [f"hsdp:{case}" for case in of_four]
     for processes, chosen in ((2, cases + sharded), (4, four)):
         for some in (chosen[start : start + 7] for start in range(0, len(chosen), 7)):
             for case in some:

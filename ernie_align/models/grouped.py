@@ -8,7 +8,7 @@ that an update of zero changes no bit.
 The backward pass is written out for the memory and time it saves. One activation, the up-projection, and the (S, r)
 inner products are kept; the rest is gathered or activated again. Sums over a token's experts are reshapes both ways,
 where autograd would scatter row by row. What lives no longer than a pass through one pool is made in blocks that the
-next pool takes over: on a CPU, to fetch such blocks from the system anew costs a tenth of the time.
+next pool takes over on a CPU, where to fetch them from the system anew, page by page, takes time.
 
 Legend: N tokens of the pool, k experts per token, S = N·k rows, E experts, H hidden width, I expert width, r rank.
 """
@@ -106,8 +106,10 @@ class _LowRankExperts(torch.autograd.Function):
         gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj
         x = _of_tokens(hidden.to(gate_up_proj.dtype), rows)
         gate_up, gate_up_inner = _product(x, gate_up_proj, *factors[:3], rows.ends)
+        del x  # on a GPU, here and below, so that the peak is lower
         activated = _activate(gate_up)
         y, down_inner = _product(activated, down_proj, *factors[3:], rows.ends, part="out")
+        del activated
         weighted = y.mul_(_of_rows(top_k_weights, rows))
         ctx.rows = rows
         inner = (gate_up_inner, down_inner)
@@ -132,10 +134,12 @@ class _LowRankExperts(torch.autograd.Function):
         grad_value, *grad_down = _gradients(
             grad_y, value, down_proj, down_inner, *factors[3:], rows.ends, part="grad_activated", row_weights=w
         )
+        del grad_y
         if weights_need_grad:
             of_pairs = torch.linalg.vecdot(grad_value, value).index_select(0, rows.row)
             grad_weights = of_pairs.view_as(top_k_weights).to(top_k_weights.dtype)
         grad_gate_up = _gate_gradient(gate_up, grad_value.mul_(w))
+        del value, grad_value, gate_up
 
         x = None if factors[0] is None else _of_tokens(hidden.to(grad_gate_up.dtype), rows)
         part = "out" if hidden_needs_grad else None
