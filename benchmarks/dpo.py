@@ -92,8 +92,8 @@ def trainer_of(arm: str, folder: Path, given: argparse.Namespace) -> Any:
 
     from ernie_align.models.load import load_model
     from ernie_align.runs import load_recipe
-    from ernie_align.runs.setup import prepare_data, set_up
-    from ernie_align.stages import Batches
+    from ernie_align.runs.prepare import prepare_data, set_up
+    from ernie_align.stages import Datasets
 
     setup = set_up(load_recipe(recipe(arm, folder, given)))
     data = prepare_data(setup)
@@ -106,7 +106,7 @@ def trainer_of(arm: str, folder: Path, given: argparse.Namespace) -> Any:
     if arm == "plain":
         trainer = trls_own(bundle, config, data.train)
     else:
-        batches = Batches(data.train, None, data.row_name, setup.renderer)
+        batches = Datasets(data.train, None, data.row_name, setup.renderer)
         trainer = setup.stage.build_trainer(setup.recipe, config, bundle, batches, [])
     trainer.model.train()
     with torch.no_grad():
@@ -149,9 +149,9 @@ def work(arm: str, folder: Path, given: argparse.Namespace) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from ernie_align.report.console import hush
+    from ernie_align.report.console import quiet_libraries
 
-    hush()
+    quiet_libraries()
     questions = Questions()
     trainer = trainer_of(arm, folder, given)
     rows, done = list(trainer.train_dataset), 0
@@ -209,7 +209,7 @@ def main() -> None:
         work(given.arm, given.folder, given)
         return
     from ernie_align.runs import load_recipe
-    from ernie_align.runs.setup import prepare_data, set_up
+    from ernie_align.runs.prepare import prepare_data, set_up
     from ernie_align.tiny import make_checkpoint
 
     # freed memory goes back at once, so that a peak is what was in use

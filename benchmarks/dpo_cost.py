@@ -55,7 +55,7 @@ def measure(stage: str, reference: str, folder: Path, steps: int, batch: int) ->
     from rich.console import Console
     from transformers import TrainerCallback
 
-    from ernie_align.report.console import Terminal, hush
+    from ernie_align.report.console import Terminal, quiet_libraries
     from ernie_align.runs import load_recipe, run
 
     times: list[float] = []
@@ -92,7 +92,7 @@ def measure(stage: str, reference: str, folder: Path, steps: int, batch: int) ->
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
-    hush()
+    quiet_libraries()
     run(load_recipe(recipe(stage, reference, folder, steps, batch)), reporter=Quiet(Console(quiet=True)))
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else max(held)
     return {"seconds": statistics.median(times[1:]), "gigabytes": (peak - held[0]) / 1e9}

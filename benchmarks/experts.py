@@ -24,7 +24,7 @@ def work(arm: str, sizes: argparse.Namespace) -> None:
     from torch import nn
     from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import Ernie4_5_VLMoeMoeExperts
 
-    from ernie_align.models.experts import with_grouped_experts
+    from ernie_align.models.expert_lora import register_expert_lora
 
     questions = Questions()
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def work(arm: str, sizes: argparse.Namespace) -> None:
     if arm != "frozen":
         targets = ["experts.gate_up_proj", "experts.down_proj"]
         lora = LoraConfig(r=sizes.rank, lora_alpha=2 * sizes.rank, target_modules=[], target_parameters=targets)
-        inject_adapter_in_model(with_grouped_experts(lora) if arm == "grouped" else lora, model)
+        inject_adapter_in_model(register_expert_lora(lora) if arm == "grouped" else lora, model)
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 nn.init.normal_(parameter, std=0.02)

@@ -32,10 +32,10 @@ def make_model(preset: str, arm: str, device: str) -> tuple[Any, Any]:
     from trl.trainer.utils import add_fused_lm_head
 
     from ernie_align.models.adapters import lora_config
-    from ernie_align.models.anatomy import Anatomy
-    from ernie_align.models.dispatch import dispatch_by_rows
-    from ernie_align.models.modality import route_by_input_ids
-    from ernie_align.models.scopes import adapter_targets
+    from ernie_align.models.architecture import Architecture
+    from ernie_align.models.routing import install_routing
+    from ernie_align.models.token_dispatch import install_token_dispatch
+    from ernie_align.models.trainable_parts import adapter_targets
     from ernie_align.recipe import AdapterBlock
 
     sizes: dict[str, Any] = {}
@@ -56,17 +56,17 @@ def make_model(preset: str, arm: str, device: str) -> tuple[Any, Any]:
             model = Ernie4_5_VLMoeForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(before)
-    anatomy = Anatomy.from_config(config.to_dict())
-    route_by_input_ids(model.model)
+    architecture = Architecture.from_config(config.to_dict())
+    install_routing(model.model)
     model.requires_grad_(False)
     add_fused_lm_head(model)
     block = AdapterBlock(scopes=list(SCOPES), rank=8, alpha=16)
-    adapter = lora_config(adapter_targets(anatomy, block), block, anatomy)
+    adapter = lora_config(adapter_targets(architecture, block), block, architecture)
     if arm == "ours":
-        dispatch_by_rows(model.model.language_model)
+        install_token_dispatch(model.model.language_model)
     else:
         adapter = LoraConfig(**adapter.to_dict())  # the settings alone: without our wrapper
-    return get_peft_model(model, adapter), anatomy
+    return get_peft_model(model, adapter), architecture
 
 
 def make_batch(config: Any, rows: int, tokens: int, *, images: bool, device: str) -> dict[str, Any]:
@@ -96,12 +96,12 @@ def loss_of(model: Any, batch: dict[str, Any], task: str, arm: str) -> Any:
     import torch
 
     from ernie_align.losses import dpo_sigmoid
-    from ernie_align.models.vision_once import ImagesOnce, backbone_of
-    from ernie_align.stages.head import scoring_labels
+    from ernie_align.models.image_cache import ImageFeatureCache, find_backbone
+    from ernie_align.stages.fused_head import fused_head_forward
 
     ours = arm == "ours"
-    scored = scoring_labels(model, backbone_of(model)) if ours else model
-    images = ImagesOnce(frozen=True)
+    scored = fused_head_forward(model, find_backbone(model)) if ours else model
+    images = ImageFeatureCache(frozen=True)
 
     def logps() -> Any:
         with images.shown(model) if ours else nullcontext():
@@ -115,11 +115,11 @@ def loss_of(model: Any, batch: dict[str, Any], task: str, arm: str) -> Any:
     return dpo_sigmoid(chosen, rejected, beta=0.1).mean()
 
 
-def flops_per_token(anatomy: Any, config: Any, task: str, checkpointing: bool) -> float:
+def flops_per_token(architecture: Any, config: Any, task: str, checkpointing: bool) -> float:
     """Of text: products with the weights that a token meets. The head meets every other one."""
     share = config.text_config.moe_k / config.text_config.moe_num_experts
     met = {"attention": 1, "dense_mlp": 1, "shared_experts": 1, "text_experts": share, "text_router": 1}
-    active = sum(part * sum(tensor.size for tensor in anatomy.of(name)) for name, part in met.items())
+    active = sum(part * sum(tensor.size for tensor in architecture.of(name)) for name, part in met.items())
     active += config.text_config.vocab_size * config.text_config.hidden_size / 2
     passes = 2 + checkpointing + (task == "dpo")
     return 2 * passes * active
@@ -142,14 +142,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    model, anatomy = make_model(given.preset, given.arm, device)
+    model, architecture = make_model(given.preset, given.arm, device)
     model.train()
     if given.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     config = model.get_base_model().config
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-5)
     peak_rate = matmul_rate("bfloat16", size=8192 if device == "cuda" else 256)
-    flops = flops_per_token(anatomy, config, given.task, given.checkpointing)
+    flops = flops_per_token(architecture, config, given.task, given.checkpointing)
     results = []
     for rows, tokens in SHAPES[given.preset]:
         rows = max(rows, 2) if given.task == "dpo" else rows

@@ -17,20 +17,20 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ernie_align.models.first import tell_apart
+from ernie_align.models.distributed.layout import SHARDING_UNITS, ParallelLayout
+from ernie_align.models.distributed.rank0_loading import give_distinct_addresses
 from ernie_align.models.load import load_model
-from ernie_align.models.sharding import UNITS, Parallel
-from ernie_align.report.console import hush
+from ernie_align.report.console import quiet_libraries
 from ernie_align.tiny import make_checkpoint
-from tests.conftest import ROOT
-from tests.scale_cases import FSDP2, gpus_on_the_cpu
+from tests.support.multi_process import FSDP2, gpus_on_the_cpu
+from tests.support.runs import ROOT
 
 WAYS = ("fsdp2, each reads", "fsdp2, the first reads", "ep")
 
 
 def main() -> None:
     """A table of MB, one row for each way and number of processes."""
-    hush()
+    quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         model = make_checkpoint("vl_moe", Path(folder) / "model", preset="mini")
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
@@ -61,9 +61,9 @@ def started(model: Path, way: str, processes: int, module: str = "benchmarks.loa
 def share(model: Path, way: str) -> PreTrainedModel:
     """The model, loaded and shared by the processes that were started."""
     if way == "ep":
-        return load_model(str(model), parallel=Parallel(ep_size=torch.distributed.get_world_size())).model
+        return load_model(str(model), parallel=ParallelLayout(ep_size=torch.distributed.get_world_size())).model
     first_reads = way == WAYS[1]
-    units = UNITS["vl_moe"]
+    units = SHARDING_UNITS["vl_moe"]
     told = {"FSDP_CPU_RAM_EFFICIENT_LOADING": str(first_reads).lower()}
     told["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(units.layers + units.routers)
     with gpus_on_the_cpu(**FSDP2 | told):
@@ -71,14 +71,14 @@ def share(model: Path, way: str) -> PreTrainedModel:
 
         kept = load_model(str(model), first_reads=first_reads).model.requires_grad_(False)
         kept.model.language_model.norm.weight.requires_grad_(True)
-        tell_apart(kept, in_float32=False)
+        give_distinct_addresses(kept, in_float32=False)
         trained = [weight for weight in kept.parameters() if weight.requires_grad]
         return Accelerator().prepare(kept, torch.optim.SGD(trained))[0]
 
 
 def load(model: Path, way: str) -> None:
     """One process: prints its peak."""
-    hush()
+    quiet_libraries()
     torch.distributed.init_process_group("gloo")
     held = resident()
     kept = share(model, way)

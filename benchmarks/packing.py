@@ -102,15 +102,15 @@ def work(arm: str, folder: Path, given: argparse.Namespace) -> None:
     from transformers import set_seed
 
     from benchmarks.sft import gate
-    from ernie_align.data.collate import Collator, FlatCollator
-    from ernie_align.models.documents import attend_by_document
+    from ernie_align.data.collate import Collator, PaddingFreeCollator
     from ernie_align.models.load import load_model
-    from ernie_align.report.console import hush
+    from ernie_align.models.packed_attention import use_per_document_attention
+    from ernie_align.report.console import quiet_libraries
     from ernie_align.runs import load_recipe, prepare_data, set_up
     from ernie_align.stages.sft_trainer import SupervisedTrainer
 
     asked = gate()
-    hush()
+    quiet_libraries()
     setup = set_up(load_recipe(recipe(folder, given)))
     data = prepare_data(setup)
     bundle = load_model(setup.recipe.model.name, dtype="float32")
@@ -122,8 +122,8 @@ def work(arm: str, folder: Path, given: argparse.Namespace) -> None:
         return pad([data.train[number] for example in examples for number in example["members"]])
 
     if arm == "packed":
-        attend_by_document(bundle.model)
-    flat = FlatCollator(data.train, image_processor=bundle.image_processor)
+        use_per_document_attention(bundle.model)
+    flat = PaddingFreeCollator(data.train, image_processor=bundle.image_processor)
     batches = json.loads((folder / "batches.json").read_text())["padded" if arm == "padded" else "packed"]
     SupervisedTrainer(
         model=bundle.model,

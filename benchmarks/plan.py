@@ -87,20 +87,20 @@ def planned(recipe: Any) -> dict[str, float]:
     """Bytes by part, for rows of the length that they have."""
     import torch
 
-    from ernie_align.models.anatomy import Anatomy
-    from ernie_align.models.files import CheckpointFiles
-    from ernie_align.planning.memory import memory
-    from ernie_align.planning.setting import Setting
-    from ernie_align.planning.shape import Shape
+    from ernie_align.models.architecture import Architecture
+    from ernie_align.models.checkpoint_files import CheckpointFiles
+    from ernie_align.planning.memory import estimate_memory
+    from ernie_align.planning.setting import Workload
+    from ernie_align.planning.shape import ModelShape
     from ernie_align.runs import sample_data, set_up
 
     setup = set_up(recipe)
     (example, *_), _ = sample_data(setup, 1)
     ids = example["input_ids"] if "input_ids" in example else example["prompt_ids"] + example["chosen_ids"]
     config = CheckpointFiles(recipe.model.name).read_json("config.json")
-    anatomy = Anatomy.from_config(config)
+    architecture = Architecture.from_config(config)
     images = example["vision_tokens"] / (2 if recipe.stage == "dpo" and example["vision_tokens"] > len(ids) / 2 else 1)
-    setting = Setting.of(recipe, anatomy, vision=0.0)
+    setting = Workload.of(recipe, architecture, vision=0.0)
     length = len(ids) + setting.completion
     device = "gpu" if torch.cuda.is_available() else "cpu"
     padded = recipe.stage == "upo"  # completions differ in length, the rows made here do not
@@ -109,7 +109,7 @@ def planned(recipe: Any) -> dict[str, float]:
     trained = len(example["chosen_ids"] + example["rejected_ids"]) / 2 if both else example.get("trained", 0)
     scored = trained / length
     setting = replace(setting, tokens=length, vision=vision, scored=scored, device=device, padded=padded)
-    found = memory(setting, anatomy, Shape.of(anatomy, config))
+    found = estimate_memory(setting, architecture, ModelShape.of(architecture, config))
     return {**found.parts(), "over_loaded": found.peak - found.loaded, "tokens": length, "vision": setting.vision}
 
 
@@ -121,7 +121,7 @@ def measured(recipe: Any) -> float:
     from rich.console import Console
     from transformers import TrainerCallback
 
-    from ernie_align.report.console import Terminal, hush
+    from ernie_align.report.console import Terminal, quiet_libraries
     from ernie_align.runs import run
 
     held: list[int] = []
@@ -153,7 +153,7 @@ def measured(recipe: Any) -> float:
         def progress(self):
             return [Meter()]
 
-    hush()
+    quiet_libraries()
     run(recipe, reporter=Quiet(Console(quiet=True)))
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else max(held)
     return float(peak - held[0])

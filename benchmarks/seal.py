@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ernie_align.models.seal import broken, flush, seal, sealed_size
+from ernie_align.checkpoints import flush_to_disk, integrity_error, manifest_size, write_manifest
 
 
 def main() -> None:
@@ -31,10 +31,10 @@ def main() -> None:
                     file.write(block)
         print(f"written in {time.monotonic() - began:.1f} s, on {os.cpu_count()} cores")
         steps = {
-            "flush": lambda: [flush(path) for path in folder.iterdir()],
-            "seal, once flushed": lambda: seal(folder),
-            "check by size": lambda: broken(folder),
-            "check by hash": lambda: broken(folder, hashes=True),
+            "flush": lambda: [flush_to_disk(path) for path in folder.iterdir()],
+            "seal, once flushed": lambda: write_manifest(folder),
+            "check by size": lambda: integrity_error(folder),
+            "check by hash": lambda: integrity_error(folder, hashes=True),
         }
         for step, act in steps.items():
             began = time.monotonic()
@@ -42,7 +42,7 @@ def main() -> None:
             seconds = time.monotonic() - began
             if step.startswith("check") and told is not None:
                 raise AssertionError(told)
-            size = sealed_size(folder) / 1e9 if step != "flush" else asked.gb
+            size = manifest_size(folder) / 1e9 if step != "flush" else asked.gb
             print(f"{step}: {seconds:.3f} s, {size / seconds:.2f} GB/s")
 
 

@@ -84,7 +84,7 @@ def work(arm: str, folder: Path, given: argparse.Namespace) -> None:
     """Be one arm."""
     from rich.console import Console
 
-    from ernie_align.report.console import Terminal, hush
+    from ernie_align.report.console import Terminal, quiet_libraries
     from ernie_align.runs import load_recipe, run
 
     asked = gate()
@@ -93,7 +93,7 @@ def work(arm: str, folder: Path, given: argparse.Namespace) -> None:
         def progress(self):
             return [asked]
 
-    hush()
+    quiet_libraries()
     checked = load_recipe(recipe(arm, folder, given))
     if arm == "stock":
         train_with_the_stock_stack(checked, asked)
@@ -111,17 +111,17 @@ def train_with_the_stock_stack(checked: Any, callback: Any) -> None:
     from ernie_align.data.collate import Collator
     from ernie_align.models.adapters import lora_config
     from ernie_align.models.load import load_model
-    from ernie_align.models.modality import route_by_input_ids
-    from ernie_align.models.scopes import adapter_targets
-    from ernie_align.runs.setup import prepare_data, set_up
+    from ernie_align.models.routing import install_routing
+    from ernie_align.models.trainable_parts import adapter_targets
+    from ernie_align.runs.prepare import prepare_data, set_up
 
     setup = set_up(checked)
     bundle = load_model(checked.model.name, dtype="float32")
     model = Ernie4_5_VLMoeForConditionalGeneration.from_pretrained(checked.model.name, dtype=torch.float32)
     bundle.model = None
-    route_by_input_ids(model.model)
+    install_routing(model.model)
     model.requires_grad_(False)
-    config = lora_config(adapter_targets(setup.anatomy, checked.adapter), checked.adapter, setup.anatomy)
+    config = lora_config(adapter_targets(setup.architecture, checked.adapter), checked.adapter, setup.architecture)
     set_seed(checked.run.seed)
     model = get_peft_model(model, LoraConfig(**config.to_dict()))  # the settings alone: without our wrapper
     collate = Collator(bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor)
@@ -147,7 +147,7 @@ def main() -> None:
         return
     from ernie_align.models.load import load_model
     from ernie_align.runs import load_recipe
-    from ernie_align.runs.setup import prepare_data, set_up
+    from ernie_align.runs.prepare import prepare_data, set_up
     from ernie_align.tiny import make_checkpoint, make_digits
 
     with tempfile.TemporaryDirectory() as name:
@@ -156,12 +156,12 @@ def main() -> None:
         make_digits(folder / "digits")
         setup = set_up(load_recipe(recipe("ours", folder, given)))
         length = statistics.mean(len(row["input_ids"]) for row in prepare_data(setup).train)
-        anatomy = load_model(str(folder / "model")).anatomy
+        architecture = load_model(str(folder / "model")).architecture
         steps = interleave(arms_of("benchmarks.sft", ARMS, given, folder), given.repetitions, warm_up=WARM_UP)
     # Adam divides by the size of each gradient, so that from the second step on rounding in near-zero ones shows
     demand_equal(steps["ours"], steps["stock"], {"loss": 1e-4, "grad_norm": 1e-3})
 
-    experts = 4 * sum(tensor.size for tensor in anatomy.tensors if tensor.kind == "fused")
+    experts = 4 * sum(tensor.size for tensor in architecture.tensors if tensor.kind == "fused")
     tokens = given.batch * length
     figures = {
         arm: {

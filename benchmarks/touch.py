@@ -21,16 +21,21 @@ from typing import Any
 
 import torch
 
-from ernie_align.models.adapters import attach
+from ernie_align.models.adapters import attach_adapter
+from ernie_align.models.distributed.dummy_vision import (
+    clear_unused_vision_gradients,
+    dummy_vision_forward,
+    dummy_vision_pool_forward,
+    install_dummy_vision,
+)
 from ernie_align.models.load import load_model
-from ernie_align.models.touch import drop_gradients_of_nothing, touch_every_pool, touch_vision, touch_vision_pool
 from ernie_align.recipe import AdapterBlock
 from ernie_align.tiny import make_checkpoint
 
 ROUNDS = 40
 TOKENS = 512
 SIDE = 32  # patches: 16 x 16 = 256 tokens
-OURS = (touch_vision, touch_vision_pool)
+OURS = (dummy_vision_forward, dummy_vision_pool_forward)
 
 
 def batch_of(model: Any, *, image: bool) -> dict[str, torch.Tensor]:
@@ -53,7 +58,7 @@ def batch_of(model: Any, *, image: bool) -> dict[str, torch.Tensor]:
 def hooks(backbone: Any, on: bool) -> None:
     """Install the hooks, or take them out again."""
     if on:
-        touch_every_pool(backbone)
+        install_dummy_vision(backbone)
         return
     for module in backbone.modules():
         for table in (module._forward_pre_hooks, module._forward_hooks):
@@ -125,9 +130,9 @@ def to_agree(backbone: Any) -> float:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     found = []
     for _ in range(ROUNDS):
-        backbone.has_learned_from_images = True
+        backbone.saw_images = True
         start = time.process_time()
-        drop_gradients_of_nothing(backbone)
+        clear_unused_vision_gradients(backbone)
         found.append(time.process_time() - start)
     torch.distributed.destroy_process_group()
     return statistics.quantiles(found, n=20)[-1]
@@ -149,7 +154,7 @@ def main() -> None:
         preset = sys.argv[1] if len(sys.argv) > 1 else "tiny"
         bundle = load_model(make_checkpoint("vl_moe", Path(folder) / preset, preset=preset), dtype="float32")
     base = bundle.model
-    attach(bundle, AdapterBlock(scopes=["attention", "text_experts", "vision_experts"], rank=8))
+    attach_adapter(bundle, AdapterBlock(scopes=["attention", "text_experts", "vision_experts"], rank=8))
     bundle.model.train()
     print("with an image,", bound(bundle.model, base.model, batch_of(base, image=True)))
     for name, image in (("with an image", True), ("text alone", False)):

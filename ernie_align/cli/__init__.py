@@ -9,7 +9,7 @@ import typer
 from ernie_align.cli import evaluation, making, recipes
 from ernie_align.cli.training import train
 from ernie_align.errors import AlignError, Interrupted, RecipeError, RunError
-from ernie_align.runs.launch import STOPPED, tell_launcher
+from ernie_align.runs.launch import EXIT_STOPPED, report_exit_code
 from ernie_align.stages import STAGES
 
 app = typer.Typer(
@@ -43,15 +43,15 @@ app.add_typer(_data, name="data", rich_help_panel="Look")
 
 # 4 is a missed requirement of eval, or a check that failed. 75 is sysexits' EX_TEMPFAIL, "try again": a bare 143 is
 # also what a process leaves that was killed and saved nothing.
-_EXIT_CODES = {Interrupted: STOPPED, RecipeError: 2, RunError: 3, AlignError: 1}
+_EXIT_CODES = {Interrupted: EXIT_STOPPED, RecipeError: 2, RunError: 3, AlignError: 1}
 
 
 def main() -> None:
     """Run the command line; an error a user can mend is told without a traceback."""
-    tell_launcher()
+    report_exit_code()
     try:
         app()
     except AlignError as error:
         typer.echo(str(error), err=True)
         code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
-        sys.exit(tell_launcher(code))
+        sys.exit(report_exit_code(code))

@@ -39,22 +39,22 @@ def evaluate_(
     include_path: Annotated[Path | None, typer.Option(help="Folder of your own lm-eval task files.")] = None,
 ) -> None:
     """Ask checkpoints questions with known answers: figures, differences and what was kept, with 95 % intervals."""
-    from ernie_align.evaluation import evaluate, load_plan, short_plan
+    from ernie_align.evaluation import evaluate, load_eval_config, make_eval_config
     from ernie_align.report.comparison import tables
-    from ernie_align.report.console import Terminal, hush
+    from ernie_align.report.console import Terminal, quiet_libraries
 
     asked = {"--plan": plan, "--data": data, "--harness": harness}
     if sum(bool(given) for given in asked.values()) != 1:
         raise typer.BadParameter(f"give one of {', '.join(asked)}")
-    hush()
+    quiet_libraries()
     terminal = Terminal()
     if harness:
         return _harness(checkpoints, harness, include_path, limit, out)
     if plan is not None:
-        judged = load_plan(plan)
+        judged = load_eval_config(plan)
         judged = judged.updated(require=[*judged.require, *(require or [])])
     else:
-        judged = short_plan(
+        judged = make_eval_config(
             data,
             metrics=metrics.split(","),
             media_root=media_root,
@@ -68,11 +68,11 @@ def evaluate_(
         evaluation = evaluate(checkpoints, plan=judged, out=out, tick=tick)
     for result in evaluation.results:
         pace = f"{result.asked / result.seconds:.1f} a second" if result.asked else "every one was there already"
-        terminal.say(f"{result.checkpoint}: {result.asked} answers in {result.seconds:.1f} s, {pace}")
+        terminal.log(f"{result.checkpoint}: {result.asked} answers in {result.seconds:.1f} s, {pace}")
     for table in tables(evaluation):
         terminal.console.print(table)
     if out is not None:
-        terminal.say(f"written: {out if out.suffix == '.json' else out / 'report.json'}")
+        terminal.log(f"written: {out if out.suffix == '.json' else out / 'report.json'}")
     if not evaluation.passed:
         raise typer.Exit(4)
 
@@ -80,7 +80,7 @@ def evaluate_(
 def _harness(
     checkpoints: list[str], tasks: str, include_path: Path | None, limit: int | None, out: Path | None
 ) -> None:
-    from ernie_align.evaluation.harness import run_tasks, written
+    from ernie_align.evaluation.harness import run_tasks, write_results
     from ernie_align.report.comparison import harness_table
     from ernie_align.report.console import Terminal
 
@@ -91,7 +91,7 @@ def _harness(
     }
     terminal.console.print(harness_table(results))
     if out is not None:
-        terminal.say(f"written: {written(out, results)}")
+        terminal.log(f"written: {write_results(out, results)}")
 
 
 def report(
@@ -126,11 +126,11 @@ def generate(
     from ernie_align.evaluation import Sampling
     from ernie_align.evaluation.chat import Chat
     from ernie_align.models.load import load_model
-    from ernie_align.report.console import hush
+    from ernie_align.report.console import quiet_libraries
 
     if (prompt is None) == (not chat):
         raise typer.BadParameter("give --prompt for one question, or --chat")
-    hush()
+    quiet_libraries()
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     talk = Chat(load_model(checkpoint, dtype="auto"), system=system, sampling=sampling, thinking=thinking)
     for path in image or ():

@@ -22,7 +22,7 @@ def export(
 ) -> None:
     """Merge an adapter into its model, compare the two, and write a folder that serves."""
     import ernie_align
-    from ernie_align.report.console import Terminal, hush
+    from ernie_align.report.console import Terminal, quiet_libraries
 
     for option, value, known in (
         ("--what", what, ("merged", "adapter")),
@@ -31,7 +31,7 @@ def export(
     ):
         if value not in known:
             raise typer.BadParameter(f"choose from {', '.join(known)}", param_hint=option)
-    hush()
+    quiet_libraries()
     ernie_align.export(
         source,
         to=to,
@@ -41,7 +41,7 @@ def export(
         dtype=dtype,
         bound=bound,
         push=push,
-        say=Terminal().say,
+        log=Terminal().log,
     )
 
 
@@ -52,7 +52,7 @@ def tiny(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Make a tiny real checkpoint with random weights, or the handwritten-digits task. Offline."""
-    from ernie_align.report.console import hush
+    from ernie_align.report.console import quiet_libraries
     from ernie_align.tiny import PRESETS, make_checkpoint, make_digits
 
     kinds = ("vl_moe", "moe", "dense", "digits")
@@ -63,6 +63,6 @@ def tiny(
     if kind == "digits":
         make_digits(folder, seed=seed)
     else:
-        hush()
+        quiet_libraries()
         make_checkpoint(kind, folder, preset=preset, seed=seed)
     typer.echo(f"made {folder}")

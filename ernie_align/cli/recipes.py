@@ -40,7 +40,7 @@ def plan(
 ) -> None:
     """Say what a recipe needs, whether it fits, and what to change if not. Loads neither torch nor weights."""
     import ernie_align
-    from ernie_align.planning.text import as_text, gb, table, verdict
+    from ernie_align.planning.text import fit_summary, format_gb, format_plan, format_table
 
     for option, value, known in (
         ("--strategy", strategy, ("ddp", "fsdp", "ep", "zero2", "zero3")),
@@ -69,10 +69,13 @@ def plan(
         plain = {value: one.as_json() for value, one in found.items()}
         typer.echo(json.dumps(plain if sweep else plain[""], indent=2))
     elif sweep:
-        rows = [(value, gb(one.memory.peak), f"{one.work.seconds:.3g}", verdict(one)) for value, one in found.items()]
-        typer.echo(table((key, "GB", "s a step", ""), rows))
+        rows = [
+            (value, format_gb(one.memory.peak), f"{one.work.seconds:.3g}", fit_summary(one))
+            for value, one in found.items()
+        ]
+        typer.echo(format_table((key, "GB", "s a step", ""), rows))
     else:
-        typer.echo(as_text(found[""]))
+        typer.echo(format_plan(found[""]))
 
 
 def selfcheck(
@@ -88,15 +91,15 @@ def selfcheck(
     from dataclasses import asdict
 
     import ernie_align
-    from ernie_align.report.console import Terminal, verdicts
+    from ernie_align.report.console import Terminal, checks_table
 
     terminal = Terminal()
-    say = (lambda line: typer.echo(line, err=True)) if as_json else terminal.say
-    checks = ernie_align.selfcheck(recipe, overrides=overrides or (), steps=steps, processes=processes, say=say)
+    log = (lambda line: typer.echo(line, err=True)) if as_json else terminal.log
+    checks = ernie_align.selfcheck(recipe, overrides=overrides or (), steps=steps, processes=processes, log=log)
     if as_json:
         typer.echo(json.dumps([asdict(check) for check in checks], indent=2))
     else:
-        terminal.console.print(verdicts((check.name, check.verdict, check.what) for check in checks))
+        terminal.console.print(checks_table((check.name, check.verdict, check.what) for check in checks))
     if any(check.verdict == "fail" for check in checks):
         raise typer.Exit(4)
 
@@ -115,24 +118,24 @@ def doctor(
     Exit code 0: training would not stop at any row; 5: it would, and every such row was found; others as everywhere.
     """
     import ernie_align
-    from ernie_align.report.checkup import tables
-    from ernie_align.report.console import Terminal, hush
+    from ernie_align.report.console import Terminal, quiet_libraries
+    from ernie_align.report.dataset_report import tables
 
-    hush()
+    quiet_libraries()
     terminal = Terminal()
     checked = load_recipe(recipe, overrides=overrides or ())
     with terminal.reading() as tick:
-        found = ernie_align.examine(checked, workers=workers, tick=tick)
+        found = ernie_align.check_data(checked, workers=workers, tick=tick)
     for part in tables(found):
         terminal.console.print(part)
     if as_json is not None:
         as_json.write_text(json.dumps(found.as_json(), indent=2), encoding="utf-8")
-        terminal.say(f"written: {as_json}")
+        terminal.log(f"written: {as_json}")
     if out is not None:
-        from ernie_align.report.page import write_checkup
+        from ernie_align.report.page import write_dataset_page
 
-        write_checkup(found, out)
-        terminal.say(f"written: {out}")
+        write_dataset_page(found, out)
+        terminal.log(f"written: {out}")
     if not found.sound:
         raise typer.Exit(5)
 
@@ -141,8 +144,7 @@ def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="A page that names every key, for people.")] = False,
 ) -> None:
     """Print the JSON schema of recipes, for editors."""
-    from ernie_align.recipe.json_schema import json_schema
-    from ernie_align.recipe.reference import reference
+    from ernie_align.recipe.schema_docs import json_schema, reference_page
 
     recipes = {name: stage.recipe for name, stage in STAGES.items()}
-    typer.echo(reference(recipes) if markdown else json.dumps(json_schema(recipes), indent=2))
+    typer.echo(reference_page(recipes) if markdown else json.dumps(json_schema(recipes), indent=2))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ernie_align.data import media
-from ernie_align.data.render import IGNORED, Renderer
+from ernie_align.data.render import IGNORE_INDEX, Renderer
 from ernie_align.data.row import Row, RowFault
 from ernie_align.errors import DataError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def counted_features() -> dict[str, Any]:
+def shared_features() -> dict[str, Any]:
     """Columns that the examples of every stage have, and by which rows are counted."""
     from datasets import Value
     from datasets.features import List
@@ -46,16 +46,16 @@ class RowEncoder:
         from datasets import Value
         from datasets.features import List
 
-        return {"input_ids": List(Value("int32")), "labels": List(Value("int32")), **counted_features()}
+        return {"input_ids": List(Value("int32")), "labels": List(Value("int32")), **shared_features()}
 
     def __call__(self, row: Row) -> list[dict[str, Any]]:
         """The row's examples. Raises RowFault and RowDropped."""
-        if row.endings:
+        if row.responses:
             raise RowFault("a preference row: this stage trains one answer", "train on it with stage: dpo")
         examples = self.renderer.examples(row, max_length=self.max_length, cut=self.cut)
         return [
             vars(example)
-            | {"length": len(example.input_ids), "trained": sum(label != IGNORED for label in example.labels)}
+            | {"length": len(example.input_ids), "trained": sum(label != IGNORE_INDEX for label in example.labels)}
             for example in examples
         ]
 
@@ -92,14 +92,14 @@ class Collator:
         batch = {
             "input_ids": pad([example["input_ids"] for example in examples], self.pad_token_id, **self.how),
             "attention_mask": pad([[1] * len(example["input_ids"]) for example in examples], 0, **self.how),
-            "labels": pad([example["labels"] for example in examples], IGNORED, **self.how),
+            "labels": pad([example["labels"] for example in examples], IGNORE_INDEX, **self.how),
             "rows": torch.tensor([example["rows"] for example in examples]),
             "vision_tokens": torch.tensor(sum(example["vision_tokens"] for example in examples)),
         }
-        return batch | pixels_of(examples, self.image_processor, self.row_name)
+        return batch | load_pixels(examples, self.image_processor, self.row_name)
 
 
-class FlatCollator:
+class PaddingFreeCollator:
     """Examples -> one sequence without padding, document after document, N tokens in all: input_ids, labels and
     position_ids (1, N), and with images pixel_values and image_grid_thw, in the order of their placeholders.
 
@@ -129,7 +129,9 @@ class FlatCollator:
         ids = [torch.as_tensor(document["input_ids"], dtype=torch.long) for document in documents]
         labels = [torch.tensor(document["labels"], dtype=torch.long) for document in documents]
         for own in labels:
-            own[0] = IGNORED  # the token before it is another document's: nothing predicts it, as in a row of its own
+            own[0] = (
+                IGNORE_INDEX  # the token before it is another document's: nothing predicts it, as in a row of its own
+            )
         batch = {
             "input_ids": torch.cat(ids)[None],
             "labels": torch.cat(labels)[None],
@@ -137,7 +139,7 @@ class FlatCollator:
             "rows": torch.tensor([document["rows"] for document in documents]),
             "vision_tokens": torch.tensor(sum(document["vision_tokens"] for document in documents)),
         }
-        return batch | pixels_of(documents, self.image_processor, self.row_name)
+        return batch | load_pixels(documents, self.image_processor, self.row_name)
 
     def _documents(self, example: dict[str, Any]) -> list[dict[str, Any]]:
         if "members" in example:
@@ -152,7 +154,7 @@ def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: batch[name] for name in names if name in batch}
 
 
-def pixels_of(
+def load_pixels(
     examples: list[dict[str, Any]], image_processor: Any, row_name: Callable[[int, int], str]
 ) -> dict[str, torch.Tensor]:
     """pixel_values (patches, C·P²) and image_grid_thw (n, 3) of the examples' images; nothing where there is none.
@@ -163,7 +165,7 @@ def pixels_of(
     for example in examples:
         for image in example["media"]:
             try:
-                images.append(media.load(image))
+                images.append(media.load_image(image))
             except RowFault as fault:
                 raise DataError.at(row_name(*example["rows"]), fault.what, fix=fault.fix) from None
     if not images:

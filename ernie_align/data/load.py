@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ernie_align.data.render import Renderer
 
-NAMED_ROWS = 20  # faulty or dropped ones that are named, for each reason
+MAX_NAMED_ROWS = 20  # faulty or dropped ones that are named, for each reason
 _SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled among each other
 
 
@@ -43,7 +43,7 @@ class Encoder(Protocol):
 
 
 @dataclass
-class SourceCount:
+class SourceStats:
     """What became of one source's rows.
 
     trained: tokens with a label; without_images: examples that show none; reasoning_left_out: answers whose reasoning
@@ -85,13 +85,13 @@ class SourceCount:
         self.rows += 1
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         named = self.dropped_rows.setdefault(reason, [])
-        if len(named) < NAMED_ROWS:
+        if len(named) < MAX_NAMED_ROWS:
             named.append(row_name())
 
 
-def prepare(
+def encode_source(
     source: Source, encode: Encoder, *, number: int = 0, cache: Path | None = None, workers: int | None = None
-) -> tuple[Dataset | IterableDataset, SourceCount]:
+) -> tuple[Dataset | IterableDataset, SourceStats]:
     """Encode every row of a source, each of its images opened and decoded once.
 
     number: of the source, kept with each example in column `rows` as [number, row]; cache: file for the result, which
@@ -102,7 +102,7 @@ def prepare(
     from datasets import Features, Value
     from datasets.features import List
 
-    count = SourceCount(source.name, source.format)
+    count = SourceStats(source.name, source.format)
     if source.streaming:
         return _stream(source, encode, number, count), count
     added = {
@@ -139,9 +139,9 @@ def prepare(
     return _sound(judged, source, count).remove_columns(["dropped", "fault", "fix"]), count
 
 
-def judge(source: Source, encode: Encoder) -> tuple[list[dict[str, Any]], SourceCount]:
+def encode_sample(source: Source, encode: Encoder) -> tuple[list[dict[str, Any]], SourceStats]:
     """The examples of every row of a source and their count, in memory: for a sample. Raises DataError as prepare."""
-    count = SourceCount(source.name, source.format)
+    count = SourceStats(source.name, source.format)
     examples: list[dict[str, Any]] = []
     faults: list[tuple[int, str, str]] = []
     for number, values in enumerate(source.rows):
@@ -157,7 +157,7 @@ def judge(source: Source, encode: Encoder) -> tuple[list[dict[str, Any]], Source
     return examples, count
 
 
-def mix(datasets: list[Any], blocks: list[SourceBlock], *, seed: int, streaming: bool = False) -> Any:
+def mix_sources(datasets: list[Any], blocks: list[SourceBlock], *, seed: int, streaming: bool = False) -> Any:
     """Sources -> one data set. A source of weight w gives each of its examples w times per epoch.
 
     The part after the point is a random choice of examples by `seed`. Streams are interleaved in proportion to their
@@ -198,7 +198,7 @@ def _judge(source: Source, values: dict[str, Any], encode: Encoder) -> _Verdict:
         row = source.row(source.read(values))
         examples = encode(row)
         for image in row.images:  # a broken image is found now, not an hour into the run
-            media.load(image)
+            media.load_image(image)
     except RowDropped as dropped:
         return _Verdict([], dropped=dropped.reason)
     except RowFault as fault:
@@ -208,7 +208,7 @@ def _judge(source: Source, values: dict[str, Any], encode: Encoder) -> _Verdict:
     return _Verdict(examples)
 
 
-def _sound(judged: Dataset, source: Source, count: SourceCount) -> Dataset:
+def _sound(judged: Dataset, source: Source, count: SourceStats) -> Dataset:
     """Raise for faulty rows, count the dropped ones, and keep the rest."""
     import pyarrow.compute as pc
 
@@ -230,12 +230,12 @@ def _sound(judged: Dataset, source: Source, count: SourceCount) -> Dataset:
     return judged if len(kept) == len(judged) else judged.select(kept.to_pylist())
 
 
-def _raise(source: Source, faults: Iterable[tuple[int, str, str]], count: SourceCount) -> None:
+def _raise(source: Source, faults: Iterable[tuple[int, str, str]], count: SourceStats) -> None:
     """DataError for faulty rows, or for a source of which nothing is left."""
     faults = list(faults)
     if faults:
-        named = [Fault(source.row_name(number), what, fix=fix) for number, what, fix in faults[:NAMED_ROWS]]
-        more = len(faults) - NAMED_ROWS
+        named = [Fault(source.row_name(number), what, fix=fix) for number, what, fix in faults[:MAX_NAMED_ROWS]]
+        more = len(faults) - MAX_NAMED_ROWS
         raise DataError(*named, *([Fault(source.name, f"{more} more rows are faulty")] if more > 0 else []))
     if not count.kept:
         reasons = ", ".join(f"{reason}: {number}" for reason, number in count.dropped.items())
@@ -243,7 +243,7 @@ def _raise(source: Source, faults: Iterable[tuple[int, str, str]], count: Source
         raise DataError.at(source.block.where("path"), f"{source.name}: {what}", fix="name a source with rows that fit")
 
 
-def _stream(source: Source, encode: Encoder, number: int, count: SourceCount) -> IterableDataset:
+def _stream(source: Source, encode: Encoder, number: int, count: SourceStats) -> IterableDataset:
     """The same judgement row by row, as the rows are asked for; the first faulty row stops the run."""
     from datasets import IterableDataset
 

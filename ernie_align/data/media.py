@@ -35,7 +35,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(?=//)|data:", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Reach:
+class MediaAccess:
     """Where a row's images may come from.
 
     base: folder that relative paths begin at and that no path leaves, None: no path is read; folders: others that are
@@ -74,7 +74,7 @@ def _real(folder: Path) -> str:
     return os.path.realpath(folder).rstrip(os.sep)
 
 
-def reference(value: Any, root: Path | Reach | None) -> dict[str, Any]:
+def image_reference(value: Any, root: Path | MediaAccess | None) -> dict[str, Any]:
     """Whatever a row calls an image -> `{"path": ..., "bytes": ...}`, one of them set. No file is opened.
 
     value: path (relative ones start at the root), bytes, base64 with or without a `data:` prefix, a PIL image, a URL,
@@ -87,7 +87,7 @@ def reference(value: Any, root: Path | Reach | None) -> dict[str, Any]:
     if isinstance(value, (bytes, bytearray)):
         return {"path": None, "bytes": bytes(value)}
     if isinstance(value, str):
-        return _reference_text(value, Reach(root) if isinstance(root, Path) else root)
+        return _reference_text(value, MediaAccess(root) if isinstance(root, Path) else root)
     if hasattr(value, "save") and hasattr(value, "size"):
         stream = io.BytesIO()
         value.save(stream, format="PNG")
@@ -96,7 +96,7 @@ def reference(value: Any, root: Path | Reach | None) -> dict[str, Any]:
     raise RowFault(f"an image is {kind}", "give a path, bytes or base64")
 
 
-def _reference_text(text: str, reach: Reach | None) -> dict[str, Any]:
+def _reference_text(text: str, reach: MediaAccess | None) -> dict[str, Any]:
     scheme = _SCHEME.match(text)
     kind = scheme.group().lower() if scheme else ""
     if kind in ("http:", "https:"):
@@ -142,7 +142,7 @@ def _without_secrets(url: str) -> str:
     return re.sub(r"(?<=//)[^/@]*@", "", plain)[:200]
 
 
-def size(image: dict[str, Any]) -> tuple[int, int]:
+def image_size(image: dict[str, Any]) -> tuple[int, int]:
     """Height and width in pixels once upright, read from the header. Raises RowFault where there is no image."""
     with _open(image) as opened:
         width, height = opened.size
@@ -154,7 +154,7 @@ def size(image: dict[str, Any]) -> tuple[int, int]:
     return (width, height) if sideways else (height, width)
 
 
-def load(image: dict[str, Any]) -> Image:
+def load_image(image: dict[str, Any]) -> Image:
     """The image, decoded, upright, RGB; of an animation the first frame. Raises RowFault where it is broken."""
     from PIL import ImageOps
 
@@ -171,7 +171,7 @@ def load(image: dict[str, Any]) -> Image:
             raise _broken(image, error) from None
 
 
-def content(image: dict[str, Any]) -> bytes:
+def read_image_bytes(image: dict[str, Any]) -> bytes:
     """The bytes of its file. Raises RowFault where there is none."""
     with _stream(image) as stream:
         return stream.read()

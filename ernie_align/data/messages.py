@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ernie_align.data import media
-from ernie_align.data.media import Reach
-from ernie_align.data.row import Message, Row, RowFault, images_in
-from ernie_align.data.shapes import a_list, an_object, objects, text
+from ernie_align.data.media import MediaAccess
+from ernie_align.data.row import Message, Row, RowFault, a_list, an_object, count_images, objects, text
 
 ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
@@ -70,7 +69,7 @@ def sharegpt_message(turn: Mapping[str, Any]) -> Message:
     return message
 
 
-def take_images(messages: Any, root: Path | Reach | None) -> tuple[list[Message], list[dict[str, Any]]]:
+def take_images(messages: Any, root: Path | MediaAccess | None) -> tuple[list[Message], list[dict[str, Any]]]:
     """Image parts that carry their image -> bare parts and the images. Bare ones are filled from the images column."""
     images: list[dict[str, Any]] = []
     bare, result = 0, []
@@ -89,7 +88,7 @@ def take_images(messages: Any, root: Path | Reach | None) -> tuple[list[Message]
                 )
                 bare += source is None
                 if source is not None:
-                    images.append(media.reference(source, root))
+                    images.append(media.image_reference(source, root))
                 part = {"type": "image"}
             parts.append(part)
         result.append({**message, "content": parts})
@@ -193,17 +192,17 @@ def place_images(row: Row) -> None:
     """Give each image its part: parts as written, else `<image>` in the texts, else before the first user turn."""
     if row.images and row.plain is not None:
         raise RowFault("images in a row of plain text", "write prompt and completion as messages")
-    if row.images and not images_in(row.messages):
+    if row.images and not count_images(row.messages):
         users = [message for message in row.messages if message["role"] == "user"]
         for message in users:
             if isinstance(message["content"], str) and _PLACEHOLDER in message["content"]:
                 message["content"] = _split(message["content"])
-        if users and not images_in(row.messages):  # TRL's rule for rows that say nothing about where
+        if users and not count_images(row.messages):  # TRL's rule for rows that say nothing about where
             said = users[0]["content"]
             parts = said if isinstance(said, list) else [{"type": "text", "text": said}]
             users[0]["content"] = [*({"type": "image"} for _ in row.images), *parts]
-    if images_in(row.messages) != len(row.images):
-        what = f"{images_in(row.messages)} image parts for {len(row.images)} images"
+    if count_images(row.messages) != len(row.images):
+        what = f"{count_images(row.messages)} image parts for {len(row.images)} images"
         fix = "give one image for each part, in the images column or in the part"
         raise RowFault(what, fix, kind="image parts and images differ")
 
@@ -223,6 +222,6 @@ def without_oldest_exchange(messages: list[Message]) -> list[Message] | None:
     """The prompt without its oldest question and what was said to it; None if only images and the last are left."""
     questions = [place for place, message in enumerate(messages) if message["role"] == "user"]
     for start, end in pairwise(questions):
-        if not images_in(messages[start:end]):
+        if not count_images(messages[start:end]):
             return messages[:start] + messages[end:]
     return None

@@ -78,7 +78,7 @@ def pack_stream(rows: IterableDataset, capacity: int, *, seed: int) -> IterableD
     return IterableDataset.from_generator(packs)
 
 
-def padding(lengths: Sequence[int], rows: int, *, seed: int) -> float:
+def padding_fraction(lengths: Sequence[int], rows: int, *, seed: int) -> float:
     """The share of padding in batches of so many rows, drawn at random by `seed`."""
     drawn = list(lengths)
     random.Random(seed).shuffle(drawn)

@@ -8,10 +8,10 @@ from dataclasses import replace
 from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
-from ernie_align.data.collate import counted_features, pad, pixels_of
+from ernie_align.data.collate import load_pixels, pad, shared_features
 from ernie_align.data.messages import without_oldest_exchange
-from ernie_align.data.render import IGNORED, Example, Renderer
-from ernie_align.data.row import Ending, Message, Row, RowDropped, RowFault
+from ernie_align.data.render import IGNORE_INDEX, Example, Renderer
+from ernie_align.data.row import Message, Response, Row, RowDropped, RowFault
 
 if TYPE_CHECKING:
     import torch
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 Pairing = Literal["best_worst", "adjacent", "all"]
 
 
-def pairs_of(endings: list[Ending], pairing: Pairing) -> list[tuple[Ending, Ending]]:
+def make_pairs(responses: list[Response], pairing: Pairing) -> list[tuple[Response, Response]]:
     """(better, worse) by rank; endings of the same rank are never compared."""
-    ranked = sorted(endings, key=lambda ending: -ending.rank)
+    ranked = sorted(responses, key=lambda ending: -ending.rank)
     if pairing == "best_worst":
         pairs = [(ranked[0], ranked[-1])]
     elif pairing == "adjacent":
@@ -47,14 +47,14 @@ class PairEncoder:
         cut: bool = False,
         pairing: Pairing = "best_worst",
         drop_bad_pairs: bool = False,
-        way_out: str = "set dpo.bad_pairs: drop",
+        alternative_fix: str = "set dpo.bad_pairs: drop",
     ):
         self.renderer = renderer
         self.max_length = max_length
         self.cut = cut
         self.pairing = pairing
         self.drop_bad_pairs = drop_bad_pairs
-        self.way_out = way_out
+        self.alternative_fix = alternative_fix
 
     def features(self) -> dict[str, Any]:
         """Columns of an example: a mask has one entry per token of its answer, 0 where the model does not speak."""
@@ -62,13 +62,13 @@ class PairEncoder:
         from datasets.features import List
 
         names = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask")
-        return {**{name: List(Value("int32")) for name in names}, **counted_features()}
+        return {**{name: List(Value("int32")) for name in names}, **shared_features()}
 
     def __call__(self, row: Row) -> list[dict[str, Any]]:
         """The row's pairs. Raises RowFault and RowDropped."""
-        if not row.endings:
+        if not row.responses:
             raise RowFault("no preference: a row without chosen and rejected", "train on it with stage: sft or lora")
-        pairs = pairs_of(row.endings, self.pairing)
+        pairs = make_pairs(row.responses, self.pairing)
         if not pairs:
             raise self._bad("all answers have the same rank", "rank them, or drop the row")
         return [self._encode(row, better, worse) for better, worse in pairs]
@@ -76,9 +76,9 @@ class PairEncoder:
     def _bad(self, what: str, fix: str, *, kind: str = "") -> RowFault | RowDropped:
         if self.drop_bad_pairs:
             return RowDropped(kind or what)
-        return RowFault(what, f"{fix}, or {self.way_out}", kind=kind)
+        return RowFault(what, f"{fix}, or {self.alternative_fix}", kind=kind)
 
-    def _encode(self, row: Row, better: Ending, worse: Ending) -> dict[str, Any]:
+    def _encode(self, row: Row, better: Response, worse: Response) -> dict[str, Any]:
         for name, ending in (("chosen", better), ("rejected", worse)):
             if ending.fault is not None:
                 fault = ending.fault
@@ -97,7 +97,7 @@ class PairEncoder:
                 raise RowDropped(f"over data.max_length {self.max_length}")
             cut, messages = True, shorter
 
-    def _render(self, row: Row, messages: list[Message], ending: Ending) -> Example:
+    def _render(self, row: Row, messages: list[Message], ending: Response) -> Example:
         if row.plain is not None:
             side = replace(row, plain=(row.plain[0], ending.text))
         else:  # what stands in the prompt is context, whoever said it
@@ -111,15 +111,15 @@ class PairEncoder:
 
 
 def _columns(chosen: Example, rejected: Example, cut: bool) -> dict[str, Any]:
-    start = next(place for place, label in enumerate(chosen.labels) if label != IGNORED)
-    if rejected.input_ids[:start] != chosen.input_ids[:start] or rejected.labels[start] == IGNORED:
+    start = next(place for place, label in enumerate(chosen.labels) if label != IGNORE_INDEX)
+    if rejected.input_ids[:start] != chosen.input_ids[:start] or rejected.labels[start] == IGNORE_INDEX:
         raise AssertionError("both sides of a pair answer the same prompt")
     sides = {
         name: values
         for side, example in (("chosen", chosen), ("rejected", rejected))
         for name, values in (
             (f"{side}_ids", example.input_ids[start:]),
-            (f"{side}_mask", [int(label != IGNORED) for label in example.labels[start:]]),
+            (f"{side}_mask", [int(label != IGNORE_INDEX) for label in example.labels[start:]]),
         )
     }
     return {
@@ -171,7 +171,7 @@ class PairCollator:
             "rows": torch.tensor([example["rows"] for example in examples]),
             "vision_tokens": torch.tensor(sum(example["vision_tokens"] for example in examples)),
         }
-        return batch | _reference(examples) | pixels_of(examples, self.image_processor, self.row_name)
+        return batch | _reference(examples) | load_pixels(examples, self.image_processor, self.row_name)
 
 
 class SharedPromptCollator(PairCollator):
@@ -203,7 +203,7 @@ class SharedPromptCollator(PairCollator):
             # images stand in prompts alone: an example counts them in both of its sides
             "vision_tokens": torch.tensor(sum(example["vision_tokens"] for example in examples) // 2),
         }
-        return batch | _reference(examples) | pixels_of(examples, self.image_processor, self.row_name)
+        return batch | _reference(examples) | load_pixels(examples, self.image_processor, self.row_name)
 
 
 def _reference(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ernie_align.data.collate import counted_features
+from ernie_align.data.collate import shared_features
 from ernie_align.data.messages import without_oldest_exchange
 from ernie_align.data.render import Renderer
 from ernie_align.data.row import Row, RowDropped, RowFault
@@ -28,13 +28,13 @@ class PromptEncoder:
         max_length: int,
         cut: bool = False,
         domain_column: str | None = None,
-        judged_by: Mapping[str, Sequence[str]] | None = None,
+        reward_columns: Mapping[str, Sequence[str]] | None = None,
     ):
         self.renderer = renderer
         self.max_length = max_length
         self.cut = cut
         self.domain_column = domain_column
-        self.judged_by = judged_by or {}
+        self.reward_columns = reward_columns or {}
 
     def features(self) -> dict[str, Any]:
         """Columns of an example. prompt and columns are JSON: rows of different sources hold different things.
@@ -46,13 +46,13 @@ class PromptEncoder:
 
         ids = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
         return {**ids, "prompt": Value("string"), "columns": Value("string"), "opened": Value("bool")} | (
-            counted_features()
+            shared_features()
         )
 
     def __call__(self, row: Row) -> list[dict[str, Any]]:
         """The row's prompt. Raises RowFault and RowDropped."""
         columns = dict(row.columns)
-        if row.endings:
+        if row.responses:
             raise RowFault("a preference row: this stage asks for an answer", "name it under upo.pairs_data")
         if row.plain is not None:
             prompt: Any = row.plain[0]
@@ -90,7 +90,7 @@ class PromptEncoder:
         has = f"the row has {', '.join(columns) or 'no columns of its own'}"
         if self.domain_column is not None and not isinstance(columns.get(self.domain_column), str):
             raise RowFault(f"no text in column {self.domain_column}, which upo.domain_column names", has)
-        wanted = self.judged_by
+        wanted = self.reward_columns
         given = {"images", *(name for name, value in columns.items() if value is not None)}  # of a row without: none
         if wanted and not any(given.issuperset(names) for names in wanted.values()):
             reads = "; ".join(f"{reward} reads {', '.join(names)}" for reward, names in wanted.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ class RowDropped(ValueError):
 
 
 @dataclass
-class Ending:
+class Response:
     """One of several ways a conversation may go on, and how good it is: higher is better.
 
     messages: from the assistant's first turn on; text: instead of them in a row without turns; fault: what is wrong
@@ -57,7 +58,7 @@ class Row:
     messages: list[Message] = field(default_factory=list)
     images: list[dict[str, Any]] = field(default_factory=list)
     plain: tuple[str, str] | None = None
-    endings: list[Ending] = field(default_factory=list)
+    responses: list[Response] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
     thinking: bool | None = None
     columns: dict[str, Any] = field(default_factory=dict)
@@ -73,7 +74,7 @@ def is_trained(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("label", 1) != 0
 
 
-def images_in(messages: list[Message]) -> int:
+def count_images(messages: list[Message]) -> int:
     """Number of image parts."""
     return sum(
         part.get("type") == "image"
@@ -81,3 +82,44 @@ def images_in(messages: list[Message]) -> int:
         if isinstance(message.get("content"), list)
         for part in message["content"]
     )
+
+
+MAX_MESSAGES = 1000  # of a row: each answer is rendered behind all that was said before it
+MAX_TEXT = 1 << 24  # characters of a row's text; about 30 s of tokenizing
+
+
+def text(value: Any, name: str) -> str:
+    """Raises RowFault for anything else."""
+    if not isinstance(value, str):
+        raise _no(name, value, "text")
+    return value
+
+
+def texts(value: Any, name: str) -> list[str]:
+    """Several, or one."""
+    return [text(one, name) for one in ([value] if isinstance(value, str) else a_list(value, name))]
+
+
+def a_list(value: Any, name: str) -> list[Any]:
+    """Raises RowFault for anything else."""
+    if not isinstance(value, list):
+        raise _no(name, value, "a list")
+    return value
+
+
+def an_object(value: Any, name: str) -> Mapping[str, Any]:
+    """Raises RowFault for anything else."""
+    if not isinstance(value, Mapping):
+        raise _no(name, value, "an object")
+    return value
+
+
+def objects(value: Any, name: str) -> list[Mapping[str, Any]]:
+    """A list of them."""
+    return [an_object(one, name) for one in a_list(value, name)]
+
+
+def _no(name: str, value: Any, wanted: str) -> RowFault:
+    kind = {str: "text", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
+    found = kind.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+    return RowFault(f"{name} is {found} where {wanted} is wanted", "mend or drop the row")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ernie_align.data import json_rows
-from ernie_align.data.formats import canonical, detect
-from ernie_align.data.media import Reach
+from ernie_align.data.formats import canonicalize, detect_format
+from ernie_align.data.media import MediaAccess
 from ernie_align.data.row import Row, RowFault
 from ernie_align.errors import DataError
 from ernie_align.recipe import DataBlock, SourceBlock
@@ -49,7 +49,7 @@ class Source:
             folder = Path(*list(folder.parts)[: next(n for n, part in enumerate(folder.parts) if glob.has_magic(part))])
         root = Path(data.media_root) if data.media_root is not None else folder
         hosts = tuple(data.allow_urls) if isinstance(data.allow_urls, list) else data.allow_urls
-        self.reach = Reach(root, tuple(map(Path, data.media_folders)), hosts)
+        self.reach = MediaAccess(root, tuple(map(Path, data.media_folders)), hosts)
         self.format = block.format or (data.format if data.format != "auto" else self._detect())
 
     def _detect(self) -> str:
@@ -57,7 +57,7 @@ class Source:
         fault = None
         for number, raw in enumerate(islice(iter(self.rows), _LOOKED_AT)):
             try:
-                return detect({key: value for key, value in self.read(raw).items() if value is not None})
+                return detect_format({key: value for key, value in self.read(raw).items() if value is not None})
             except RowFault as found:
                 fault = fault or (number, raw, found)
         if fault is None:
@@ -75,7 +75,7 @@ class Source:
     def row(self, values: dict[str, Any]) -> Row:
         """The canonical form of a row that was read. Raises RowFault."""
         present = {key: value for key, value in values.items() if value is not None}
-        return canonical(present, self.format, self.reach)
+        return canonicalize(present, self.format, self.reach)
 
     def row_name(self, number: int, raw: dict[str, Any] | None = None) -> str:
         """Where a row stands: `file:line` for JSON, `file row N` (from 0) elsewhere. raw: the row, if at hand."""
@@ -87,7 +87,7 @@ class Source:
         return f"{self.files[raw['file']]}:{raw['line']}"
 
 
-def canonical_rows(source: Source) -> Iterator[Row]:
+def iter_rows(source: Source) -> Iterator[Row]:
     """Every row of a source, in order. Raises DataError at the first that is not sound."""
     for number, raw in enumerate(source.rows):
         try:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ernie_align.data import media
-from ernie_align.data.formats import canonical
+from ernie_align.data.formats import canonicalize
 from ernie_align.data.row import RowFault
 from ernie_align.errors import AlignError, DataError
 from ernie_align.evaluation.generate import Sampling, answer, renderer_of
 from ernie_align.models.load import Bundle
-from ernie_align.rewards.completion import message
+from ernie_align.rewards.completion import parse_completion
 
 COMMANDS = {
     "/image": "PATH  shown with the next message; may be given several times",
@@ -46,7 +46,7 @@ class Chat:
             fix = "use a vl_moe model, or drop the image"
             raise DataError.at(str(path), "an image for a model without vision", fix=fix)
         try:
-            media.size(media.reference(str(path), None))
+            media.image_size(media.image_reference(str(path), None))
         except RowFault as fault:
             raise DataError.at(str(path), fault.what, fix="name an image file") from None
         self.waiting.append(str(path))
@@ -60,12 +60,12 @@ class Chat:
         messages = [*self.messages, {"role": "user", "content": parts}]
         images = [*self.images, *self.waiting]
         try:
-            row = canonical({"messages": messages, "images": images}, "messages")
+            row = canonicalize({"messages": messages, "images": images}, "messages")
             said = answer(self.bundle, row, sampling=self.sampling, thinking=self.thinking, write=write)
             opened = renderer_of(self.bundle, thinking=self.thinking).opens_thinking(row)
         except RowFault as fault:
             raise DataError.at("this message", fault.what, fix=fault.fix) from None
-        reply = message(said, opened=opened)
+        reply = parse_completion(said, opened=opened)
         reply["content"] = reply["content"] or "..."  # an answer that was not reached still was a turn
         self.messages, self.images, self.waiting = [*messages, reply], images, []
         return said
@@ -74,7 +74,7 @@ class Chat:
         """Read messages and commands until /quit or the end. Answers stream; an error is told, and the talk goes on."""
         out = out or sys.stdout
 
-        def say(text: str, end: str = "\n") -> None:
+        def log(text: str, end: str = "\n") -> None:
             print(text, end=end, file=out, flush=True)
 
         while (line := _read(lines)) is not None:
@@ -85,12 +85,12 @@ class Chat:
                 continue
             try:
                 if line.startswith("/"):
-                    say(self._command(*line.split(maxsplit=1)))
+                    log(self._command(*line.split(maxsplit=1)))
                 else:
-                    self.ask(line, write=lambda text: say(text, end=""))
-                    say("")
+                    self.ask(line, write=lambda text: log(text, end=""))
+                    log("")
             except AlignError as error:
-                say(str(error))
+                log(str(error))
 
     def _command(self, name: str, argument: str = "") -> str:
         argument = argument.strip().strip("'\"")

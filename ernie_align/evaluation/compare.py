@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ernie_align.evaluation.intervals import paired_difference, ratio
-from ernie_align.evaluation.measure import Result
-from ernie_align.evaluation.measures import Measure
+from ernie_align.evaluation.metrics import Metric
 from ernie_align.evaluation.questions import Question
+from ernie_align.evaluation.runner import Result
 
 SHOWN_CHANGES = 6  # rows that got better, and as many that got worse
 SHOWN_SAMPLES = 12  # rows of each data set
@@ -35,7 +35,7 @@ class Difference:
 
 
 def differences(
-    results: Sequence[Result], groups: dict[tuple[str, str], list[int]], measures: Sequence[Measure]
+    results: Sequence[Result], groups: dict[tuple[str, str], list[int]], measures: Sequence[Metric]
 ) -> list[Difference]:
     """Every checkpoint after the first against the first."""
     first, *others = results
@@ -57,7 +57,7 @@ def differences(
     return found
 
 
-def _difference(group: tuple[str, str, str], measure: Measure, ours: list, theirs: list) -> Difference:
+def _difference(group: tuple[str, str, str], measure: Metric, ours: list, theirs: list) -> Difference:
     gains = [_gain(measure, one, two) for one, two in zip(ours, theirs, strict=True)]
     return Difference(
         *group,
@@ -71,13 +71,13 @@ def _difference(group: tuple[str, str, str], measure: Measure, ours: list, their
     )
 
 
-def _gain(measure: Measure, ours: tuple[float, float], theirs: tuple[float, float]) -> float:
+def _gain(measure: Metric, ours: tuple[float, float], theirs: tuple[float, float]) -> float:
     gain = ours[0] / ours[1] - theirs[0] / theirs[1]
     return gain if measure.better == "higher" else -gain
 
 
 def records(
-    questions: Sequence[Question], results: Sequence[Result], measures: Sequence[Measure]
+    questions: Sequence[Question], results: Sequence[Result], measures: Sequence[Metric]
 ) -> list[dict[str, Any]]:
     """One per question: what was asked, what each checkpoint said, and what each measure makes of it."""
     return [
@@ -102,7 +102,7 @@ def _text(question: Question) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content).strip()
 
 
-def _said(result: Result, number: int, measures: Sequence[Measure]) -> dict[str, Any]:
+def _said(result: Result, number: int, measures: Sequence[Metric]) -> dict[str, Any]:
     outcome = result.outcomes[number]
     scores = {
         measure.name: measure.shown(part[0] / part[1])
@@ -113,7 +113,7 @@ def _said(result: Result, number: int, measures: Sequence[Measure]) -> dict[str,
 
 
 def changed(
-    questions: Sequence[Question], results: Sequence[Result], measures: Sequence[Measure]
+    questions: Sequence[Question], results: Sequence[Result], measures: Sequence[Metric]
 ) -> list[dict[str, Any]]:
     """Of every checkpoint after the first: the questions that got worse and better by most, {checkpoint, measure, row,
     gain}, row being the question's number.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,24 +11,27 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ernie_align.data import media
 from ernie_align.errors import ModelError, RecipeError
-from ernie_align.evaluation import compare, measure, require
+from ernie_align.evaluation import compare, runner
+from ernie_align.evaluation.drift import TextSnapshot, compare_text, load_held_out_text, take_text_snapshot
 from ernie_align.evaluation.generate import renderer_of
-from ernie_align.evaluation.ledger import Ledger, fingerprint
-from ernie_align.evaluation.measure import Figure, Result
-from ernie_align.evaluation.measures import Measure, measures_of
-from ernie_align.evaluation.questions import Question, questions_of
-from ernie_align.evaluation.retention import TextPicture, compare_text, held_out_text, text_picture
-from ernie_align.evaluation.routing import RoutingPicture, describe, first_of_each, routing_picture
-from ernie_align.evaluation.thumbnails import keep
+from ernie_align.evaluation.metrics import Metric, build_metrics
+from ernie_align.evaluation.questions import Question, load_questions
+from ernie_align.evaluation.requirements import Requirement, parse_requirements
+from ernie_align.evaluation.requirements import judge as judge_requirements
+from ernie_align.evaluation.response_cache import ResponseCache, fingerprint
+from ernie_align.evaluation.routing import RoutingSnapshot, describe, first_of_each, take_routing_snapshot
+from ernie_align.evaluation.runner import Figure, Result
+from ernie_align.models.checkpoint_files import CheckpointFiles
 from ernie_align.models.environment import environment
-from ernie_align.models.files import CheckpointFiles
 from ernie_align.models.load import load_model
 from ernie_align.recipe.evaluation import Plan
 from ernie_align.recipe.load import load_block
 
 if TYPE_CHECKING:
     from ernie_align.models.load import Bundle
+
 
 VERSION = 1  # of report.json; report.schema.json describes it
 Tick = Callable[[str, int, int], None]
@@ -58,7 +62,7 @@ class _Work:
 
     plan: Plan
     questions: list[Question]
-    measures: list[Measure]
+    measures: list[Metric]
     ways: dict[str, list[int]]
     groups: dict[tuple[str, str], list[int]]
     folder: Path | None
@@ -68,35 +72,35 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Pictures:
-    text: TextPicture
-    routing: RoutingPicture | None
+    text: TextSnapshot
+    routing: RoutingSnapshot | None
 
 
-def load_plan(source: str | Path | Mapping[str, Any]) -> Plan:
+def load_eval_config(source: str | Path | Mapping[str, Any]) -> Plan:
     """A YAML file, or a mapping -> a frozen plan. Raises RecipeError with every fault, each with its place."""
     return load_block(source, Plan, name="plan")
 
 
-def short_plan(
+def make_eval_config(
     data: str | Path | Iterable[str | Path],
     *,
     metrics: str | Sequence[str | Mapping[str, Any]] = "exact_match",
     format: str = "auto",
     media_root: str | None = None,
     limit: int | None = None,
-    require: Sequence[str] = (),
+    requirements: Sequence[str] = (),
     **generation: Any,
 ) -> Plan:
     """A plan in a line: files, names of metrics, and keys of `generation`. Raises RecipeError."""
     files = [str(data)] if isinstance(data, (str, Path)) else [str(file) for file in data]
     names = [metrics] if isinstance(metrics, str) else metrics
     shared = {"format": format, "media_root": media_root, "limit": limit}
-    return load_plan(
+    return load_eval_config(
         {
             "data": [{"path": file, **{key: value for key, value in shared.items() if value}} for file in files],
             "metrics": [{"name": name} if isinstance(name, str) else dict(name) for name in names],
             "generation": generation,
-            "require": list(require),
+            "require": list(requirements),
         }
     )
 
@@ -121,15 +125,17 @@ def evaluate(
     """
     if (plan is None) == (data is None):
         raise RecipeError.at("plan", "neither data nor plan" if plan is None else "both data and plan", fix="give one")
-    judged = short_plan(data, **flags) if plan is None else plan if isinstance(plan, Plan) else load_plan(plan)
+    judged = (
+        make_eval_config(data, **flags) if plan is None else plan if isinstance(plan, Plan) else load_eval_config(plan)
+    )
     folder = None if out is None or str(out).endswith(".json") else Path(out)
     listed = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
     names = _names([str(checkpoint) for checkpoint in listed])
-    measures = measures_of(judged, cache=folder / "verdicts" if folder else None)
-    questions = [question for block in judged.data for question in questions_of(block)]
-    ways = measure.wanted(questions, measures)
-    groups = measure.groups_of(questions)
-    requirements = require.parse(
+    measures = build_metrics(judged, cache=folder / "verdicts" if folder else None)
+    questions = [question for block in judged.data for question in load_questions(block)]
+    ways = runner.wanted(questions, measures)
+    groups = runner.groups_of(questions)
+    required = parse_requirements(
         judged.require,
         measures=[one.name for one in measures],
         kinds={data: [kind for other, kind in groups if other == data] for data, _ in groups},
@@ -144,7 +150,7 @@ def evaluate(
         against.append(_against(first, pictures))
         first = first or pictures
     rows = compare.records(questions, results, measures)
-    report = _report(judged, measures, questions, groups, results, against, requirements)
+    report = _report(judged, measures, questions, groups, results, against, required)
     if folder is not None:
         _show_images(report, questions, folder / "images")
         _write(
@@ -160,7 +166,7 @@ def _names(checkpoints: Sequence[str]) -> dict[str, str]:
     """Short name, different for each -> checkpoint."""
     names: dict[str, str] = {}
     for checkpoint in checkpoints:
-        short = measure.name_of(checkpoint)
+        short = runner.name_of(checkpoint)
         free = (short if number == 1 else f"{short}_{number}" for number in range(1, len(checkpoints) + 1))
         names[next(name for name in free if name not in names)] = checkpoint
     return names
@@ -171,16 +177,16 @@ def _one(work: _Work, checkpoint: str, name: str, *, compared: bool) -> tuple[Re
     plan, questions = work.plan, work.questions
     asked_for = fingerprint(_weights(checkpoint), work.dtype, questions, plan.generation)
     path = work.folder / name / "rows.jsonl" if work.folder else None
-    ledger = Ledger(path, fingerprint=asked_for, checkpoint=checkpoint)
+    ledger = ResponseCache(path, fingerprint=asked_for, checkpoint=checkpoint)
     bundle = load_model(checkpoint, dtype=work.dtype)
-    measure.to_accelerator(bundle.model)
+    runner.to_accelerator(bundle.model)
     renderer = renderer_of(bundle, thinking=plan.generation.thinking)
     start = time.monotonic()
-    asked = measure.ask(bundle, renderer, questions, work.ways, plan, ledger, partial(work.tick, name))
+    asked = runner.ask(bundle, renderer, questions, work.ways, plan, ledger, partial(work.tick, name))
     seconds = round(time.monotonic() - start, 3)
-    outcomes = measure.outcomes_of(ledger, work.ways, len(questions), plan.generation.samples)
-    table = measure.table_of(questions, outcomes, work.measures)
-    figures = measure.figures_of(table, work.groups, work.measures)
+    outcomes = runner.outcomes_of(ledger, work.ways, len(questions), plan.generation.samples)
+    table = runner.table_of(questions, outcomes, work.measures)
+    figures = runner.figures_of(table, work.groups, work.measures)
     result = Result(checkpoint, name, figures, table, outcomes, seconds, asked)
     return result, _pictures(bundle, plan, questions) if compared else None
 
@@ -198,9 +204,9 @@ def _weights(checkpoint: str) -> str:
 
 def _pictures(bundle: Bundle, plan: Plan, questions: Sequence[Question]) -> _Pictures:
     renderer = renderer_of(bundle)
-    text = text_picture(bundle, renderer, held_out_text(plan.retention), tokens=plan.retention.tokens)
+    text = take_text_snapshot(bundle, renderer, load_held_out_text(plan.retention), tokens=plan.retention.tokens)
     asked = first_of_each(questions, plan.retention.routed_rows)
-    return _Pictures(text, routing_picture(bundle, renderer, asked))
+    return _Pictures(text, take_routing_snapshot(bundle, renderer, asked))
 
 
 def _against(first: _Pictures | None, own: _Pictures | None) -> dict[str, Any]:
@@ -214,12 +220,12 @@ def _against(first: _Pictures | None, own: _Pictures | None) -> dict[str, Any]:
 
 def _report(
     plan: Plan,
-    measures: Sequence[Measure],
+    measures: Sequence[Metric],
     questions: Sequence[Question],
     groups: dict[tuple[str, str], list[int]],
     results: Sequence[Result],
     against: Sequence[Mapping[str, Any]],
-    requirements: Sequence[require.Requirement],
+    required: Sequence[Requirement],
 ) -> dict[str, Any]:
     changed = compare.changed(questions, results, measures)
     shown = sorted({*compare.samples(questions), *(change["row"] for change in changed)})
@@ -245,7 +251,7 @@ def _report(
         "differences": [
             asdict(one) | {"interval": list(one.interval)} for one in compare.differences(results, groups, measures)
         ],
-        "requirements": require.judge(requirements, figures, by_name),
+        "requirements": judge_requirements(required, figures, by_name),
         "shown": compare.records(
             [questions[number] for number in shown], [_only(result, shown) for result in results], measures
         ),
@@ -254,7 +260,7 @@ def _report(
     }
 
 
-def _is_rate(one: Measure, results: Sequence[Result]) -> bool:
+def _is_rate(one: Metric, results: Sequence[Result]) -> bool:
     """Whether a figure reads as a percentage: nothing outside 0..1 was seen."""
     parts = [part for result in results for part in result.table[one.name] if part is not None]
     return not one.is_log and all(weight == 1 and 0 <= value <= 1 for value, weight in parts)
@@ -282,3 +288,25 @@ def _write(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}.partial")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
+
+
+LONGEST_SIDE = 224  # pixels
+SMALLEST = 96  # pixels of the longer side that a tiny image is enlarged to, in whole steps, so that it can be seen
+
+
+def keep(image: dict[str, Any], folder: Path) -> str:
+    """Write a small PNG of an image into the folder; its name there. Equal images are kept once."""
+    from PIL import Image
+
+    picture = media.load_image(image)
+    if max(picture.size) > LONGEST_SIDE:
+        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    elif times := SMALLEST // max(picture.size):
+        picture = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+    name = f"{hashlib.sha256(picture.tobytes() + repr(picture.size).encode()).hexdigest()[:16]}.png"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / name).exists():
+        partial = folder / f".{name}.partial"
+        picture.save(partial, format="PNG")
+        partial.replace(folder / name)
+    return name

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ernie_align.data.collate import Collator, model_inputs
-from ernie_align.data.render import Renderer, Vision
+from ernie_align.data.render import Renderer, VisionSpec
 from ernie_align.data.row import Row
 from ernie_align.models.load import Bundle
-from ernie_align.models.modality import ModalityTokens, mm_token_type_ids
 from ernie_align.models.pixels import ImageSizes
-from ernie_align.models.routing import check_routing, count_routed_tokens, pool_blocks
+from ernie_align.models.routing import ModalityTokens, mm_token_type_ids
+from ernie_align.models.routing_stats import check_routing, count_routed_tokens, find_expert_pools
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList
@@ -43,7 +43,7 @@ def make_renderer(
     """The renderer of a model, from what is known of its tokens and images (None: a text model)."""
     if modality is None:
         return Renderer(tokenizer, thinking=thinking)
-    return Renderer(tokenizer, Vision(modality.image, modality.ids, sizes.grid, sizes.tokens), thinking=thinking)
+    return Renderer(tokenizer, VisionSpec(modality.image, modality.ids, sizes.grid, sizes.tokens), thinking=thinking)
 
 
 def renderer_of(bundle: Bundle, *, thinking: bool = False) -> Renderer:
@@ -70,7 +70,7 @@ def answer(
     return _said(ids, renderer).text
 
 
-def answers(
+def generate_answers(
     bundle: Bundle,
     renderer: Renderer,
     rows: Sequence[Row],
@@ -124,7 +124,7 @@ def _generate(
         # a sampled placeholder would ask the next forward for an image that is not there
         forbidden["suppress_tokens"] = sorted(bundle.modality.ids)
     model.eval()
-    with torch.no_grad(), count_routed_tokens(pool_blocks(model)) as seen:
+    with torch.no_grad(), count_routed_tokens(find_expert_pools(model)) as seen:
         output = model.generate(
             **inputs,
             **forbidden,

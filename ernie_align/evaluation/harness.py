@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_align.errors import DataError, RunError
-from ernie_align.evaluation.measure import to_accelerator
+from ernie_align.evaluation.runner import to_accelerator
 from ernie_align.models.load import load_model
 
 
@@ -73,7 +73,7 @@ def _lines(task: str, values: Mapping[str, Any]) -> list[dict[str, Any]]:
     return lines
 
 
-def written(out: Path, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
+def write_results(out: Path, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
     """Keep results by checkpoint as JSON: in a .json file, or as harness.json in a folder. Where that is."""
     path = out if out.suffix == ".json" else out / "harness.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from ernie_align.data.collate import Collator, model_inputs
 from ernie_align.data.pairs import PairCollator, PairEncoder
-from ernie_align.data.render import IGNORED, Renderer
+from ernie_align.data.render import IGNORE_INDEX, Renderer
 from ernie_align.data.row import Row
 from ernie_align.models.load import Bundle
-from ernie_align.models.routing import check_routing, count_routed_tokens, pool_blocks
+from ernie_align.models.routing_stats import check_routing, count_routed_tokens, find_expert_pools
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ def answer_nlls(
             continue
         batch = collate(chosen)
         logps = answer_logps(bundle, batch, batch["labels"]).tolist()
-        lengths = (batch["labels"][:, 1:] != IGNORED).sum(dim=1).tolist()
+        lengths = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1).tolist()
         yield [(number, -logp, length) for number, logp, length in zip(numbers, logps, lengths, strict=True)]
 
 
@@ -52,7 +52,7 @@ def pair_logps(
     skip: batches of these rows, each with a 0 beside it, are left out.
     Raises RowFault for a row that is no pair, ModelError where an image does not reach the vision experts.
     """
-    from ernie_align.models.vision_once import ImagesOnce
+    from ernie_align.models.image_cache import ImageFeatureCache
 
     encode = PairEncoder(renderer, max_length=sys.maxsize)
     pairs = [{**encode(row)[0], "rows": [0, number]} for number, row in enumerate(rows)]
@@ -64,8 +64,8 @@ def pair_logps(
         if skip([(number, 0) for number in numbers]):
             continue
         batch = collate(chosen)
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
-        with ImagesOnce(frozen=True).shown(bundle.model, times=2):
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
+        with ImageFeatureCache(frozen=True).shown(bundle.model, times=2):
             sides = answer_logps(bundle, batch, labels).view(2, -1).T.tolist()
         yield [(number, better, worse) for number, (better, worse) in zip(numbers, sides, strict=True)]
 
@@ -79,7 +79,7 @@ def answer_logps(bundle: Bundle, batch: dict[str, Any], labels: Tensor) -> Tenso
     device = next(bundle.model.parameters()).device
     inputs = {name: values.to(device) for name, values in model_inputs(batch).items()}
     bundle.model.eval()
-    with torch.no_grad(), count_routed_tokens(pool_blocks(bundle.model)) as seen:
+    with torch.no_grad(), count_routed_tokens(find_expert_pools(bundle.model)) as seen:
         logits = bundle.model(**inputs, use_cache=False).logits
     check_routing(seen, vision_tokens=int(batch["vision_tokens"]), tokens=labels.numel())
     return token_logps(logits, labels.to(device)).sum(dim=1)

@@ -46,7 +46,7 @@ class Question:
         That answer is the only turn with a label.
         """
         row, answer = self.row, self.columns.get("answer")
-        if row.endings or answer is None:
+        if row.responses or answer is None:
             return None
         text = str(answer[0] if isinstance(answer, list) else answer)
         if row.plain is not None:
@@ -58,7 +58,7 @@ class Question:
         return replace(row, messages=[*silent, {**last, "label": 1}])
 
 
-def questions_of(block: DataSetBlock) -> Iterator[Question]:
+def load_questions(block: DataSetBlock) -> Iterator[Question]:
     """Every row of a data set, in order. Raises DataError at the first that is not sound."""
     source_block = SourceBlock(path=block.path, limit=block.limit)
     source_block._places.update({"path": block.where("path"), "": block.where("path")})
@@ -72,14 +72,14 @@ def questions_of(block: DataSetBlock) -> Iterator[Question]:
             raise DataError.at(source.row_name(number, raw), fault.what, fix=fault.fix) from None
         kind = row.columns.get(block.kind_column)
         yield Question(
-            block.called, source.row_name(number, raw), "all" if kind is None else str(kind), row, _known(row)
+            block.display_name, source.row_name(number, raw), "all" if kind is None else str(kind), row, _known(row)
         )
 
 
 def _known(row: Row) -> dict[str, Any]:
     columns = dict(row.columns)
     last = row.messages[-1] if row.messages else {}
-    if columns.get("answer") is None and not row.endings:
+    if columns.get("answer") is None and not row.responses:
         if row.plain is not None and row.plain[1]:
             columns["answer"] = row.plain[1]
         elif last.get("role") == "assistant":

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ernie_align.data.collate import Collator, model_inputs
 from ernie_align.data.render import Renderer
 from ernie_align.evaluation.generate import renderer_of
-from ernie_align.evaluation.questions import Question, questions_of
+from ernie_align.evaluation.questions import Question, load_questions
 from ernie_align.models.load import Bundle
-from ernie_align.models.routing import record_experts
+from ernie_align.models.routing_stats import record_expert_choices
 from ernie_align.recipe.evaluation import DataSetBlock
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ Router = tuple[int, str]  # layer, pool
 
 
 @dataclass(frozen=True)
-class RoutingPicture:
+class RoutingSnapshot:
     """Where tokens go.
 
     rows: how many were asked; ids: of each; chosen: router -> (N, k) experts of the N tokens of its pool, row by row,
@@ -45,16 +45,16 @@ class RoutedToken:
     experts: dict[int, list[int]]
 
 
-def route(bundle: Bundle, data: str | Path, *, rows: int = 32) -> RoutingPicture | None:
+def route(bundle: Bundle, data: str | Path, *, rows: int = 32) -> RoutingSnapshot | None:
     """Where the tokens of the first questions of a file go. None for a model without routers.
 
     Raises DataError for a row that cannot be asked.
     """
-    questions = list(questions_of(DataSetBlock(path=str(data), limit=rows)))
-    return routing_picture(bundle, renderer_of(bundle), questions)
+    questions = list(load_questions(DataSetBlock(path=str(data), limit=rows)))
+    return take_routing_snapshot(bundle, renderer_of(bundle), questions)
 
 
-def routed_tokens(bundle: Bundle, picture: RoutingPicture, row: int = 0) -> list[RoutedToken]:
+def routed_tokens(bundle: Bundle, picture: RoutingSnapshot, row: int = 0) -> list[RoutedToken]:
     """The tokens of one prompt of `picture`, which `bundle` was asked, and the experts of each."""
     vision = bundle.modality.ids if bundle.modality else frozenset()
     pools = [["vision" if token in vision else "text" for token in ids] for ids in picture.ids]
@@ -76,7 +76,7 @@ def first_of_each(questions: Sequence[Question], count: int) -> list[Question]:
     return [question for name in names for question in [q for q in questions if q.data == name][:count]]
 
 
-def routing_picture(bundle: Bundle, renderer: Renderer, questions: Sequence[Question]) -> RoutingPicture | None:
+def take_routing_snapshot(bundle: Bundle, renderer: Renderer, questions: Sequence[Question]) -> RoutingSnapshot | None:
     """One forward of each question's prompt, each on its own so that no padding is routed. None without routers."""
     import torch
 
@@ -89,7 +89,7 @@ def routing_picture(bundle: Bundle, renderer: Renderer, questions: Sequence[Ques
         prompt = vars(renderer.prompt(question.asked)) | {"rows": [0, number]}
         ids.append(prompt["input_ids"])
         inputs = {name: values.to(device) for name, values in model_inputs(collate([prompt])).items()}
-        with torch.no_grad(), record_experts(bundle.model) as chosen:
+        with torch.no_grad(), record_expert_choices(bundle.model) as chosen:
             bundle.model(**inputs, use_cache=False)
         for name, calls in chosen.items():
             parts.setdefault(_router(name), []).extend(call.cpu() for call in calls)
@@ -97,7 +97,7 @@ def routing_picture(bundle: Bundle, renderer: Renderer, questions: Sequence[Ques
     if not parts:
         return None
     merged = {router: torch.cat(calls) for router, calls in sorted(parts.items())}
-    return RoutingPicture(len(ids), ids, merged, experts)
+    return RoutingSnapshot(len(ids), ids, merged, experts)
 
 
 def _router(name: str) -> Router:
@@ -105,7 +105,7 @@ def _router(name: str) -> Router:
     return int(re.search(r"\blayers\.(\d+)\.", name)[1]), "vision" if ".vision_moe." in name else "text"
 
 
-def describe(picture: RoutingPicture, first: RoutingPicture | None = None) -> dict[str, Any]:
+def describe(picture: RoutingSnapshot, first: RoutingSnapshot | None = None) -> dict[str, Any]:
     """Load of each expert, experts that no token chose, and the share of tokens that go elsewhere than in `first`.
 
     load: of the slots that the tokens of a layer and pool fill, the share of each expert; they sum to 1, and an even

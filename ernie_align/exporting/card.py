@@ -16,7 +16,7 @@ def card(origin: Origin, facts: dict[str, Any], *, name: str) -> str:
     """The card as Markdown. facts: of export.json; name: of the folder."""
     from jinja2 import Environment, StrictUndefined
 
-    from ernie_align.models.anatomy import family_of
+    from ernie_align.models.architecture import model_family
 
     template = files("ernie_align.exporting").joinpath("card.md.jinja").read_text(encoding="utf-8")
     environment = Environment(
@@ -24,7 +24,7 @@ def card(origin: Origin, facts: dict[str, Any], *, name: str) -> str:
     )
     run = origin.run_file("run.json") or {}
     recipe = origin.run / "recipe.resolved.yaml" if origin.run is not None else None
-    family = family_of(origin.base.read_json("config.json"), where=origin.base.name)
+    family = model_family(origin.base.read_json("config.json"), where=origin.base.name)
     base = facts["base"]
     return environment.from_string(template).render(
         name=name,

@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ernie_align.checkpoints import integrity_error
 from ernie_align.errors import AlignError, ExportError
-from ernie_align.models.files import CheckpointFiles
-from ernie_align.models.seal import broken
+from ernie_align.models.checkpoint_files import CheckpointFiles
 from ernie_align.recipe import Recipe, load_recipe
 from ernie_align.stages import STAGES
 
@@ -31,13 +31,13 @@ class Origin:
         path = Path(source)
         if (path / "run.json").is_file():
             if not (path / "final").is_dir():
-                whole = [str(found) for found in sorted(path.glob("checkpoint-*")) if broken(found) is None]
+                whole = [str(found) for found in sorted(path.glob("checkpoint-*")) if integrity_error(found) is None]
                 fix = f"name a checkpoint: {', '.join(whole)}" if whole else "finish it with --resume"
                 raise ExportError.at(str(source), "a run that has not finished", fix=fix)
             return cls(CheckpointFiles(str(path / "final")), path)
         run = path.parent if (path.parent / "run.json").is_file() else None
         if run is not None and path.name.startswith("checkpoint-"):
-            reason = broken(path)
+            reason = integrity_error(path)
             if reason is not None:
                 raise ExportError.at(str(source), f"not a whole checkpoint: {reason}", fix="name an older one")
         return cls(CheckpointFiles(str(source)), run)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ernie_align.data import media
 from ernie_align.data.render import Renderer
 from ernie_align.data.row import Row, RowFault
-from ernie_align.data.sources import Source, canonical_rows
+from ernie_align.data.sources import Source, iter_rows
 from ernie_align.errors import AlignError
 from ernie_align.recipe import Recipe
 
@@ -68,7 +68,7 @@ def _rows_of(recipe: Recipe | None) -> list[tuple[str, Row]]:
     found: list[tuple[str, Row]] = []
     for block in recipe.data.eval or recipe.data.train:
         try:
-            found += [(block.name, row) for row in canonical_rows(Source(block, recipe.data, sample=_LOOKED_AT))]
+            found += [(block.name, row) for row in iter_rows(Source(block, recipe.data, sample=_LOOKED_AT))]
         except (AlignError, OSError):
             continue
     return found
@@ -93,4 +93,4 @@ def _image(seed: int) -> dict:
     from PIL import Image
 
     mosaic = Image.frombytes("RGB", (6, 4), random.Random(seed).randbytes(6 * 4 * 3))
-    return media.reference(mosaic.resize((168, 112), Image.Resampling.NEAREST), None)
+    return media.image_reference(mosaic.resize((168, 112), Image.Resampling.NEAREST), None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ernie_align.data.collate import Collator, model_inputs
 from ernie_align.data.row import Row
-from ernie_align.evaluation.generate import Sampling, answers, renderer_of
+from ernie_align.evaluation.generate import Sampling, generate_answers, renderer_of
 from ernie_align.models.load import Bundle
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def ask(bundle: Bundle, rows: Iterable[Row], *, thinking: bool = False, continue
         logits.append(output.logits[0].float().cpu())
     texts: dict[int, str] = {}
     if continued:
-        batches = answers(bundle, renderer, rows, sampling=Sampling(NEW_TOKENS), batch_size=len(rows))
+        batches = generate_answers(bundle, renderer, rows, sampling=Sampling(NEW_TOKENS), batch_size=len(rows))
         texts = {number: said.text for batch in batches for number, _, said in batch}
     return Said(logits, [texts[number] for number in sorted(texts)])
 

@@ -47,7 +47,7 @@ def export(
     dtype: str = "auto",
     bound: float | None = None,
     push: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Export:
     """Write a run, an adapter or a model to a new folder, which appears only once it is proved.
 
@@ -71,12 +71,12 @@ def export(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was cut off
     partial.mkdir(parents=True)
-    say(f"exporting {made_from}")
+    log(f"exporting {made_from}")
     try:
-        made = _Making(origin, partial, what, accumulate, say).make(dtype, shard_size)
+        made = _Making(origin, partial, what, accumulate, log).make(dtype, shard_size)
         limit = BOUNDS[made.dtype]
         limit = limit if bound is None else replace(limit, value=bound, why="asked for")
-        _judge(made, origin, limit, say)
+        _judge(made, origin, limit, log)
         facts = _facts(made, origin, source, limit)
         (partial / PROOF).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(card(origin, facts, name=folder.name), encoding="utf-8")
@@ -87,9 +87,9 @@ def export(
     except AlignError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    say(f"written: {folder}")
+    log(f"written: {folder}")
     if push is not None:
-        say(f"uploaded: {push_folder(folder, push)}")
+        log(f"uploaded: {push_folder(folder, push)}")
     return Export(folder, what, made.dtype, made.difference)
 
 
@@ -112,14 +112,14 @@ class _Making:
     folder: Path
     what: What
     accumulate: Accumulate
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     def make(self, dtype: str, shard_size: str) -> _Made:
         origin, thinking = self.origin, self.origin.recipe is not None and self.origin.recipe.data.thinking
         bundle = _load(origin.files.name, dtype)
         own_dtype = str(next(bundle.model.parameters()).dtype).removeprefix("torch.")
         prompts = choose(origin.recipe, renderer_of(bundle, thinking=thinking))
-        self.say(f"comparing on {prompts}")
+        self.log(f"comparing on {prompts}")
         before, without = ask(bundle, prompts.rows, thinking=thinking), None
         if origin.is_adapter:
             with bundle.model.disable_adapter():
@@ -181,18 +181,18 @@ def _hub_name(name: str) -> str:
     return name.replace(_VISION_AS_SAVED, _VISION_ON_THE_HUB, 1) if name.startswith(_VISION_AS_SAVED) else name
 
 
-def _judge(made: _Made, origin: Origin, bound: Bound, say: Callable[[str], None]) -> None:
+def _judge(made: _Made, origin: Origin, bound: Bound, log: Callable[[str], None]) -> None:
     found = made.difference
     if made.tensors:
-        say(f"{made.tensors} tensors read back, each bit for bit what was written")
-    say(
+        log(f"{made.tensors} tensors read back, each bit for bit what was written")
+    log(
         f"{_compared(made, origin)}: worst difference of logits {found.worst_difference:.3g} (largest logit "
         f"{found.largest_logit:.3g}), mean KL {found.mean_kl:.3g} nats a token, same likeliest token at "
         f"{100 * found.same_top:.1f} % of {found.positions} positions, same greedy continuation of "
         f"{found.same_texts} of {found.prompts} prompts"
     )
     if made.without_adapter is not None and made.what == "merged":
-        say(f"for scale: the adapter itself moves the model by a mean KL of {made.without_adapter.mean_kl:.3g} nats")
+        log(f"for scale: the adapter itself moves the model by a mean KL of {made.without_adapter.mean_kl:.3g} nats")
     fault = exceeds(found, bound)
     if fault is not None:
         ways = ["keep the adapter apart with --what adapter", "accept it with --bound"]

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ernie_align.errors import ModelError
-from ernie_align.models.anatomy import Anatomy, Tensor
-from ernie_align.models.scopes import Target, adapter_targets, tuned_tensors
+from ernie_align.models.architecture import Architecture, ParameterSpec
+from ernie_align.models.trainable_parts import Target, adapter_targets, tuned_parameters
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter
 
 
-def keep_reference(model: PeftModel) -> None:
+def add_reference_adapter(model: PeftModel) -> None:
     """Put a frozen copy of the active adapter beside it: what the policy is held to while it goes on learning."""
     (active,) = model.active_adapters
     model.add_adapter(REFERENCE_ADAPTER, model.peft_config[active])
@@ -34,16 +34,16 @@ def keep_reference(model: PeftModel) -> None:
             parameter.requires_grad_(f".{REFERENCE_ADAPTER}" not in name)
 
 
-def unfreeze(bundle: Bundle, block: TuneBlock) -> list[Tensor]:
+def unfreeze(bundle: Bundle, block: TuneBlock) -> list[ParameterSpec]:
     """Freeze the model but for the tensors in scope. Returns those; raises ModelError where a scope matches nothing."""
-    tensors = tuned_tensors(bundle.anatomy, block)
+    tensors = tuned_parameters(bundle.architecture, block)
     names = {tensor.name for tensor in tensors}
     for name, parameter in bundle.model.named_parameters():
         parameter.requires_grad_(name in names)
     return tensors
 
 
-def attach(bundle: Bundle, block: AdapterBlock) -> list[Target]:
+def attach_adapter(bundle: Bundle, block: AdapterBlock) -> list[Target]:
     """Put a fresh adapter (or the one in `block.path`) on the bundle's model, and prove its scope.
 
     Returns the targets; raises ModelError where a scope matches nothing or the adapter is another one.
@@ -51,19 +51,19 @@ def attach(bundle: Bundle, block: AdapterBlock) -> list[Target]:
     from peft import get_peft_model
     from safetensors import SafetensorError
 
-    from ernie_align.models.experts import load_adapter, names_in_order
-    from ernie_align.models.first import keep_off_meta
+    from ernie_align.models.distributed.rank0_loading import materialize_trainable
+    from ernie_align.models.expert_lora import load_adapter, sort_target_modules
 
-    targets = adapter_targets(bundle.anatomy, block)
+    targets = adapter_targets(bundle.architecture, block)
     if block.path is None:
-        config = lora_config(targets, block, bundle.anatomy)
+        config = lora_config(targets, block, bundle.architecture)
         with warnings.catch_warnings():
             # PEFT looks for rank and alpha patterns among modules only, and warns about those of bare parameters,
             # which it does apply (prove() below would notice if it did not)
             warnings.filterwarnings("ignore", message=".*keys did not match any targeted module.*")
             # the adapter remembers which revision of a hub model it belongs to
             revision = None if bundle.files.is_folder else bundle.files.revision
-            bundle.model = names_in_order(get_peft_model(bundle.model, config, revision=revision))
+            bundle.model = sort_target_modules(get_peft_model(bundle.model, config, revision=revision))
     else:
         try:
             bundle.model = load_adapter(bundle.model, block.path, is_trainable=True)
@@ -72,23 +72,25 @@ def attach(bundle: Bundle, block: AdapterBlock) -> list[Target]:
             raise ModelError.at(
                 block.where("path"), f"no adapter could be loaded from {block.path}: {reason}"
             ) from error
-    keep_off_meta(bundle.model)
-    prove(bundle.model, targets, where=block.where("path" if block.path else "scopes"))
+    materialize_trainable(bundle.model)
+    validate_adapter(bundle.model, targets, where=block.where("path" if block.path else "scopes"))
     return targets
 
 
-def lora_config(targets: Iterable[Target], block: AdapterBlock, anatomy: Anatomy) -> LoraConfig:
+def lora_config(targets: Iterable[Target], block: AdapterBlock, architecture: Architecture) -> LoraConfig:
     """PEFT's config that names each target in full, so that nothing depends on how PEFT matches suffixes."""
     from peft import LoraConfig
 
-    from ernie_align.models.experts import with_grouped_experts
+    from ernie_align.models.expert_lora import register_expert_lora
 
     modules, parameters, ranks, alphas = [], [], {}, {}
     for target in targets:
         name = (
-            target.tensor.name if _as_parameter(target.tensor, anatomy) else target.tensor.name.removesuffix(".weight")
+            target.tensor.name
+            if _as_parameter(target.tensor, architecture)
+            else target.tensor.name.removesuffix(".weight")
         )
-        (parameters if _as_parameter(target.tensor, anatomy) else modules).append(name)
+        (parameters if _as_parameter(target.tensor, architecture) else modules).append(name)
         if target.rank != block.rank:
             ranks[re.escape(name)] = target.rank
         if target.alpha != block.alpha:
@@ -111,10 +113,10 @@ def lora_config(targets: Iterable[Target], block: AdapterBlock, anatomy: Anatomy
         alpha_pattern=alphas,
         task_type="CAUSAL_LM",
     )
-    return with_grouped_experts(config)
+    return register_expert_lora(config)
 
 
-def _as_parameter(tensor: Tensor, anatomy: Anatomy) -> bool:
+def _as_parameter(tensor: ParameterSpec, architecture: Architecture) -> bool:
     """Whether PEFT is told the parameter instead of the module.
 
     Experts and routers are bare parameters. In the text family PEFT also takes every target module whose name ends in
@@ -122,10 +124,10 @@ def _as_parameter(tensor: Tensor, anatomy: Anatomy) -> bool:
     (peft.utils.transformers_weight_conversion maps ernie4_5_moe to qwen2_moe): named as parameters, the dense and
     shared MLPs keep their meaning here and in any plain PEFT that loads the adapter.
     """
-    return tensor.kind != "linear" or (anatomy.family == "moe" and tensor.part in ("dense_mlp", "shared_experts"))
+    return tensor.kind != "linear" or (architecture.family == "moe" and tensor.part in ("dense_mlp", "shared_experts"))
 
 
-def prove(model: PeftModel, targets: Iterable[Target], *, where: str) -> None:
+def validate_adapter(model: PeftModel, targets: Iterable[Target], *, where: str) -> None:
     """The adapter sits on the targets, with their ranks and alphas, and nothing else is trained. Raises ModelError."""
     expected = {target.tensor.name: (target.rank, float(target.alpha)) for target in targets}
     found = adapted_tensors(model)

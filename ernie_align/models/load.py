@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ernie_align.errors import Fault, ModelError
-from ernie_align.models.anatomy import Anatomy
-from ernie_align.models.files import CheckpointFiles
-from ernie_align.models.modality import ModalityTokens, route_by_input_ids
+from ernie_align.models.architecture import Architecture
+from ernie_align.models.checkpoint_files import CheckpointFiles
+from ernie_align.models.distributed.layout import ParallelLayout
 from ernie_align.models.pixels import ImageSizes, load_image_processor
-from ernie_align.models.sharding import Parallel
+from ernie_align.models.routing import ModalityTokens, install_routing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +30,7 @@ class Bundle:
     """
 
     model: PreTrainedModel | Any
-    anatomy: Anatomy
+    architecture: Architecture
     files: CheckpointFiles
     tokenizer: TokenizersBackend
     processor: ProcessorMixin | TokenizersBackend
@@ -38,7 +38,7 @@ class Bundle:
     image_sizes: ImageSizes | None = None
     image_processor: Any = None
     weights: str | None = None
-    parallel: Parallel | None = None
+    parallel: ParallelLayout | None = None
 
     def save_processor(self, folder: str) -> None:
         """Tokenizer, chat template and processor files, byte for byte as they came."""
@@ -53,7 +53,7 @@ def load_model(
     attention: str = "sdpa",
     where: str = "",
     weights: str | None = None,
-    parallel: Parallel | None = None,
+    parallel: ParallelLayout | None = None,
     adapters: bool = False,
     first_reads: bool = False,
 ) -> Bundle:
@@ -68,42 +68,42 @@ def load_model(
     process alone reads them anyhow.
     Raises ModelError for other models, missing weights, and anything that differs from the family's anatomy.
     """
-    from ernie_align.models.documents import keep_documents_apart
+    from ernie_align.models.packed_attention import install_packed_attention
 
     name = str(name)
     files = CheckpointFiles(name, revision, where)
     if files.is_adapter:
         return _load_adapter(files, dtype=dtype, attention=attention)
     config = files.read_json("config.json")
-    anatomy = Anatomy.from_config(config, where=where or f"{name}/config.json")
+    architecture = Architecture.from_config(config, where=where or f"{name}/config.json")
     tokenizer = files.tokenizer()
-    read = partial(_load_weights, weights or name, None if weights else revision, anatomy, dtype, attention)
+    read = partial(_load_weights, weights or name, None if weights else revision, architecture, dtype, attention)
     if parallel or first_reads:
-        from ernie_align.models.first import read_by_first
+        from ernie_align.models.distributed.rank0_loading import load_on_rank0
 
-        model = read_by_first(read)
+        model = load_on_rank0(read)
     else:
         model = read()
     if parallel:
-        from ernie_align.models.parallel import share_out
+        from ernie_align.models.distributed.sharding import shard_model
 
-        share_out(model, parallel, adapters=adapters, where=where or name)
-    bundle = Bundle(model, anatomy, files, tokenizer, processor=tokenizer, weights=weights, parallel=parallel)
-    if anatomy.has_vision:
-        from ernie_align.models.dispatch import dispatch_by_rows
-        from ernie_align.models.processor import make_processor
+        shard_model(model, parallel, adapters=adapters, where=where or name)
+    bundle = Bundle(model, architecture, files, tokenizer, processor=tokenizer, weights=weights, parallel=parallel)
+    if architecture.has_vision:
+        from ernie_align.models.processor import build_processor
+        from ernie_align.models.token_dispatch import install_token_dispatch
 
         bundle.modality = ModalityTokens.from_config(config)
         bundle.image_sizes = ImageSizes.from_config(files.image_settings())
         bundle.image_processor = load_image_processor(name, revision)
-        bundle.processor = make_processor(name, revision, bundle.image_processor, tokenizer)
-        route_by_input_ids(model.model)
-        dispatch_by_rows(model.model.language_model)
+        bundle.processor = build_processor(name, revision, bundle.image_processor, tokenizer)
+        install_routing(model.model)
+        install_token_dispatch(model.model.language_model)
         if _is_launched():
-            from ernie_align.models.touch import touch_every_pool
+            from ernie_align.models.distributed.dummy_vision import install_dummy_vision
 
-            touch_every_pool(model.model)
-    keep_documents_apart(model)
+            install_dummy_vision(model.model)
+    install_packed_attention(model)
     return bundle
 
 
@@ -114,7 +114,9 @@ def _is_launched() -> bool:
     return processes.is_available() and processes.is_initialized()
 
 
-def _load_weights(name: str, revision: str | None, anatomy: Anatomy, dtype: str, attention: str) -> PreTrainedModel:
+def _load_weights(
+    name: str, revision: str | None, architecture: Architecture, dtype: str, attention: str
+) -> PreTrainedModel:
     import torch
     import transformers
     from safetensors import SafetensorError
@@ -123,7 +125,7 @@ def _load_weights(name: str, revision: str | None, anatomy: Anatomy, dtype: str,
         "dense": transformers.Ernie4_5ForCausalLM,
         "moe": transformers.Ernie4_5_MoeForCausalLM,
         "vl_moe": transformers.Ernie4_5_VLMoeForConditionalGeneration,
-    }[anatomy.family]
+    }[architecture.family]
     try:
         model, info = cls.from_pretrained(
             name,
@@ -141,17 +143,17 @@ def _load_weights(name: str, revision: str | None, anatomy: Anatomy, dtype: str,
     if lost:
         what = f"{len(lost)} weights are missing or of another shape, {lost[0]} among them"
         raise ModelError.at(name, what, fix="name a whole checkpoint of this model")
-    _prove(model, anatomy, name)
+    _prove(model, architecture, name)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("e_score_correction_bias"):
             parameter.requires_grad_(False)  # True after from_pretrained, False when built: no gradient belongs here
     return model
 
 
-def _prove(model: nn.Module, anatomy: Anatomy, name: str) -> None:
+def _prove(model: nn.Module, architecture: Architecture, name: str) -> None:
     """The table of parts is the model, name by name and shape by shape: all scopes rest on it."""
     real = {parameter_name: tuple(parameter.shape) for parameter_name, parameter in model.named_parameters()}
-    told = {tensor.name: tensor.shape for tensor in anatomy.tensors}
+    told = {tensor.name: tensor.shape for tensor in architecture.tensors}
     odd = [key for key in {**told, **real} if told.get(key) != real.get(key)]
     if odd:
         lines = [f"{key}: {told.get(key, 'absent')} expected, {real.get(key, 'absent')} found" for key in odd]
@@ -160,7 +162,7 @@ def _prove(model: nn.Module, anatomy: Anatomy, name: str) -> None:
 
 
 def _load_adapter(files: CheckpointFiles, *, dtype: str, attention: str) -> Bundle:
-    from ernie_align.models.experts import load_adapter
+    from ernie_align.models.expert_lora import load_adapter
 
     config = files.read_json("adapter_config.json")
     base = config.get("base_model_name_or_path")

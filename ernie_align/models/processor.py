@@ -47,7 +47,7 @@ class ImageOnly(WithVideo):
 WithVideo.__name__ = ImageOnly.__name__ = _Stock.__name__
 
 
-def make_processor(name: str, revision: str | None, image_processor: Any, tokenizer: Any) -> ProcessorMixin:
+def build_processor(name: str, revision: str | None, image_processor: Any, tokenizer: Any) -> ProcessorMixin:
     """The processor of a checkpoint from its parts."""
     template = tokenizer.chat_template
     if pixel_backend() == "torchvision":

@@ -1,130 +1,98 @@
-"""Who was routed where: counts of tokens per pool, and the guard that stops a run whose images go astray."""
+"""The only room that knows modality token ids: which tokens are vision, told to the model at its backbone.
+
+The keystone of routing: what pool a token goes to is a function of `input_ids`, so it is computed where it is used, for
+whoever calls. No collator, truncation, decode step, upstream trainer or copy of the model can forget it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any
 
 from ernie_align.errors import ModelError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    import torch
+    from torch import nn
+
+TEXT, IMAGE, VIDEO = 0, 1, 2
 
 
-@dataclass
-class RoutedTokens:
-    """Tokens that entered each pool, by the name of the pool's block."""
+@dataclass(frozen=True)
+class ModalityTokens:
+    """Ids of the placeholders and of the tokens that open and close an image or a video."""
 
-    text: dict[str, int] = field(default_factory=dict)
-    vision: dict[str, int] = field(default_factory=dict)
+    image: int
+    image_start: int
+    image_end: int
+    video: int
+    video_start: int
+    video_end: int
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | Any) -> ModalityTokens | None:
+        """From a config.json or a transformers config; None for a model without vision."""
+        values = config if isinstance(config, Mapping) else config.to_dict()
+        if values.get("image_token_id") is None:
+            return None
+        names = ("image", "image_start", "image_end", "video", "video_start", "video_end")
+        return cls(*(values[f"{name}_token_id"] for name in names))
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """All six: the tokens that go to the vision pool, and that no answer may contain."""
+        return frozenset(astuple(self))
+
+    @property
+    def image_ids(self) -> tuple[int, int, int]:
+        """The three ids of images."""
+        return self.image, self.image_start, self.image_end
+
+    @property
+    def video_ids(self) -> tuple[int, int, int]:
+        """The three ids of videos."""
+        return self.video, self.video_start, self.video_end
 
 
-def pool_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Name of each block that holds one pool of experts -> the block; none in models with a single pool."""
-    pools = ("text_moe", "vision_moe")
-    return {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in pools}
+def moe_mm_token_type_ids(input_ids: torch.Tensor, tokens: ModalityTokens) -> torch.Tensor:
+    """(B, T) ids -> (B, T) int64: 0 text pool, 1 and 2 vision pool (image, video); start and end tokens count."""
+    import torch
+
+    types = torch.zeros_like(input_ids)
+    types[torch.isin(input_ids, input_ids.new_tensor(tokens.image_ids))] = IMAGE
+    types[torch.isin(input_ids, input_ids.new_tensor(tokens.video_ids))] = VIDEO
+    return types
 
 
-@contextmanager
-def count_routed_tokens(blocks: dict[str, nn.Module]) -> Iterator[RoutedTokens]:
-    """Count the tokens that enter each pool while the context lasts.
+def mm_token_type_ids(input_ids: torch.Tensor, tokens: ModalityTokens) -> torch.Tensor:
+    """(B, T) ids -> (B, T) int64: placeholders only (1 image, 2 video), which is what the 3-D rope reads."""
+    types = (input_ids == tokens.image).long() * IMAGE
+    return types + (input_ids == tokens.video).long() * VIDEO
 
-    blocks: of pool_blocks. Shapes alone are read: nothing is computed, no device is waited for.
+
+def derive_token_types(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of the backbone: whatever the caller passed, both type tensors follow from `input_ids`.
+
+    A plain function that reads the module's own config, so that a deep copy of the model carries a working hook.
     """
-    seen = RoutedTokens()
-
-    def counter(counts: dict[str, int], name: str):
-        def count(block: nn.Module, args: tuple) -> None:
-            # the block is given (B, T, H) or, selected by modality, (N · H) values
-            if not getattr(block, "is_only_touched", False):  # models.touch
-                counts[name] += args[0].numel() // block.hidden_dim
-
-        return count
-
-    handles = []
-    for name, block in blocks.items():
-        counts = seen.vision if name.endswith("vision_moe") else seen.text
-        counts[name] = 0
-        handles.append(block.register_forward_pre_hook(counter(counts, name)))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def record_experts(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Experts that each router chooses, forward by forward: name of the router -> of each (N, k) ids in rising order.
-
-    N counts the tokens of its pool, row by row of the batch.
-    """
-    chosen: dict[str, list[Tensor]] = {}
-
-    def recorder(name: str):
-        def record(router: nn.Module, args: tuple, output: tuple) -> None:
-            chosen.setdefault(name, []).append(output[2].sort(dim=-1).values)
-
-        return record
-
-    routers = {name: module for name, module in model.named_modules() if "TopKRouter" in type(module).__name__}
-    handles = [module.register_forward_hook(recorder(name)) for name, module in routers.items()]
-    try:
-        yield chosen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def expert_flips(
-    policy: dict[str, list[Tensor]], reference: dict[str, list[Tensor]], *, real: Tensor, vision: Tensor
-) -> dict[str, tuple[int, int]]:
-    """Of the tokens of each pool, over all layers: how many go to other experts in the policy, and how many there are.
-
-    policy, reference: of record_experts, on the same batch, each one forward or one generation (the prompts, then token
-    by token, the last of which is never fed); real (B, T): False on padding; vision (B, T): True where a token belongs
-    to the vision pool.
-    """
-    flips: dict[str, tuple[int, int]] = {}
-    for name, calls in policy.items():
-        pool = "vision" if ".vision_moe." in name else "text"
-        own = vision if pool == "vision" else ~vision
-        if not own.any():  # one of the two may have touched the pool, for the sake of other processes (models.touch)
-            continue
-        here, there = _by_position(calls, own), _by_position(reference[name], own)
-        counted = real & own & (here[..., 0] >= 0) & (there[..., 0] >= 0)
-        other = (here != there).any(dim=-1) & counted
-        flipped, total = flips.get(pool, (0, 0))
-        flips[pool] = (flipped + int(other.sum()), total + int(counted.sum()))
-    return flips
-
-
-def _by_position(calls: list[Tensor], own: Tensor) -> Tensor:
-    """What a router chose, call by call -> (B, T, k), -1 where it was not asked. own (B, T): tokens of its pool."""
-    first, *decoded = calls
-    placed = first.new_full((*own.shape, first.shape[-1]), -1)
-    width = int((own.sum(dim=0).cumsum(dim=0) <= len(first)).sum())  # of what the first call was about
-    placed[:, :width][own[:, :width]] = first
-    # a process that is done goes on decoding while others are not, if their weights are spread: of nobody's tokens
-    for column, chosen in zip(range(width, own.shape[1]), decoded, strict=False):
-        placed[:, column] = chosen
-    return placed
-
-
-def check_routing(seen: RoutedTokens, *, vision_tokens: int, tokens: int | None = None) -> None:
-    """Vision tokens in the data are vision tokens in the pool, in every layer. Raises ModelError where they are not.
-
-    vision_tokens: counted from the images of the batch, not from its ids; tokens: all positions, padding included,
-    where they are known (generation goes on adding text).
-    """
-    for name, count in seen.vision.items():
-        text = seen.text[name.removesuffix("vision_moe") + "text_moe"]
-        if count != vision_tokens or (tokens is not None and text != tokens - vision_tokens):
+    input_ids = kwargs.get("input_ids", args[0] if args else None)
+    if input_ids is None:
+        if kwargs.get("moe_mm_token_type_ids") is None:
             raise ModelError.at(
-                name,
-                f"{vision_tokens} tokens are vision; {count} reached the vision pool and {text} the text pool",
-                why="image tokens that reach the text experts train the wrong half of the model without any other sign",
-                fix="load the model with ernie_align.load_model, which derives the routing at the backbone",
+                "forward",
+                "inputs_embeds without input_ids: nothing says which tokens are vision",
+                why="the model would send every token to the text experts",
+                fix="pass input_ids, or moe_mm_token_type_ids (zeros for text alone) beside inputs_embeds",
             )
+        return None
+    tokens = ModalityTokens.from_config(module.config)
+    kwargs["moe_mm_token_type_ids"] = moe_mm_token_type_ids(input_ids, tokens)
+    kwargs["mm_token_type_ids"] = mm_token_type_ids(input_ids, tokens)
+    return args, kwargs
+
+
+def install_routing(backbone: nn.Module) -> None:
+    """Install the hook on an `Ernie4_5_VLMoeModel`, before any other hook. Doing it twice does it once."""
+    if derive_token_types not in backbone._forward_pre_hooks.values():
+        backbone.register_forward_pre_hook(derive_token_types, prepend=True, with_kwargs=True)

@@ -1,7 +1,7 @@
 """What autograd keeps of one forward until its backward, layer by layer.
 
 Read off the code of transformers' ERNIE 4.5 classes, TRL's fused head and PEFT, and held against what autograd really
-saves (tests/test_plan.py). Symbols: N positions, H hidden, M width of a SwiGLU, W width of an expert, k experts a
+saves (tests/unit/test_plan.py). Symbols: N positions, H hidden, M width of a SwiGLU, W width of an expert, k experts a
 token, E experts, r rank; s bytes of a value in the compute dtype, 4 where a value is float32 whatever the dtype.
 """
 
@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ernie_align.models.scopes import Target
-from ernie_align.planning.setting import Setting
-from ernie_align.planning.shape import Layer, Shape, Tower
+from ernie_align.models.trainable_parts import Target
+from ernie_align.planning.setting import Workload
+from ernie_align.planning.shape import Layer, ModelShape, Tower
 
 _ROUTED_INDICES = 24  # bytes of the three index tensors of one routed row
 
@@ -41,7 +41,7 @@ class Kept:
         return self.working + (max(self.layers) if checkpointing else 0.0)
 
 
-def kept(setting: Setting, shape: Shape) -> Kept:
+def kept(setting: Workload, shape: ModelShape) -> Kept:
     """Of the forward that learns."""
     places = _Places.of(setting)
     flows = _first_layer_with_gradient(setting, places)
@@ -69,7 +69,7 @@ class _Places:
     bare: frozenset[str]  # adapted parts that PEFT adapts as parameters: W + BA is built
 
     @classmethod
-    def of(cls, setting: Setting) -> _Places:
+    def of(cls, setting: Workload) -> _Places:
         if setting.targets is None:
             return cls(frozenset(setting.trained), {}, frozenset())
         ranks = {_place(target): target.rank for target in setting.targets}
@@ -90,7 +90,7 @@ def _place(target: Target) -> tuple[int | None, str, str]:
     return target.tensor.layer, target.tensor.part, target.tensor.name
 
 
-def _first_layer_with_gradient(setting: Setting, places: _Places) -> int:
+def _first_layer_with_gradient(setting: Workload, places: _Places) -> int:
     """Nothing is kept below the first trained weight; checkpointing makes gradients flow from the embeddings on."""
     before = ("embeddings", "resampler", "vision_tower")
     if setting.checkpointing or any(places.touches(part) for part in before) or places.whole:
@@ -98,12 +98,12 @@ def _first_layer_with_gradient(setting: Setting, places: _Places) -> int:
     return min((layer for layer, _, _ in places.ranks if layer is not None), default=0)
 
 
-def _norm(setting: Setting, width: int, trained: bool) -> float:
+def _norm(setting: Workload, width: int, trained: bool) -> float:
     """RMSNorm, a position: its input in float32, the root, and what the weight multiplies if that is trained."""
     return 4 * width + 4 + (setting.bytes_each * width if trained else 0)
 
 
-def _lora_inputs(setting: Setting, width: int, count: int) -> float:
+def _lora_inputs(setting: Workload, width: int, count: int) -> float:
     """Inputs of `count` adapted linear layers that share one input, a position.
 
     In bfloat16 each adapter casts its own copy to float32 and autocast casts it back; in float32 they share it.
@@ -111,7 +111,7 @@ def _lora_inputs(setting: Setting, width: int, count: int) -> float:
     return setting.bytes_each * width * (count if setting.bytes_each == 2 else min(count, 1))
 
 
-def _layer(setting: Setting, shape: Shape, layer: Layer, number: int, places: _Places) -> float:
+def _layer(setting: Workload, shape: ModelShape, layer: Layer, number: int, places: _Places) -> float:
     norms = 2 * _norm(setting, shape.hidden, "norms" in places.whole)
     size = setting.positions * (norms + _attention(setting, shape, number, places))
     if layer.mlp:
@@ -128,7 +128,7 @@ def _layer(setting: Setting, shape: Shape, layer: Layer, number: int, places: _P
     return size
 
 
-def _attention(setting: Setting, shape: Shape, number: int, places: _Places) -> float:
+def _attention(setting: Workload, shape: ModelShape, number: int, places: _Places) -> float:
     s = setting.bytes_each
     # rotated queries, their output, keys and values; under a mask transformers repeats these for each query head, and
     # torch makes numbers of the mask (T, T) in every layer
@@ -147,7 +147,7 @@ def _attention(setting: Setting, shape: Shape, number: int, places: _Places) -> 
     return size
 
 
-def _swiglu(setting: Setting, shape: Shape, layer: Layer, number: int, places: _Places) -> float:
+def _swiglu(setting: Workload, shape: ModelShape, layer: Layer, number: int, places: _Places) -> float:
     s, width = setting.bytes_each, layer.mlp
     size = 3 * s * width  # gate, its activation, up
     ranks = places.adapted(number, layer.mlp_part)
@@ -158,7 +158,9 @@ def _swiglu(setting: Setting, shape: Shape, layer: Layer, number: int, places: _
     return size
 
 
-def _routed(setting: Setting, shape: Shape, part: str, width: int, experts: int, number: int, places: _Places) -> float:
+def _routed(
+    setting: Workload, shape: ModelShape, part: str, width: int, experts: int, number: int, places: _Places
+) -> float:
     """One pool, a position of its own: its router, and top_k routed rows."""
     s, k, router = setting.bytes_each, shape.top_k, part.replace("experts", "router")
     size = 4 * experts + 12 * k + 8
@@ -173,7 +175,7 @@ def _routed(setting: Setting, shape: Shape, part: str, width: int, experts: int,
     return size
 
 
-def _vision(setting: Setting, shape: Shape, tower: Tower, places: _Places) -> float:
+def _vision(setting: Workload, shape: ModelShape, tower: Tower, places: _Places) -> float:
     s, tokens = setting.bytes_each, setting.positions * setting.vision
     size = 0.0
     if places.touches("vision_tower"):
@@ -186,7 +188,7 @@ def _vision(setting: Setting, shape: Shape, tower: Tower, places: _Places) -> fl
     return size
 
 
-def _working(setting: Setting, shape: Shape) -> float:
+def _working(setting: Workload, shape: ModelShape) -> float:
     """The gradients that stand side by side in the widest step of a backward: of the routed rows, or of a SwiGLU."""
     s = setting.bytes_each
     steps = [setting.positions * s * (2 * shape.hidden + 3 * shape.queries)]

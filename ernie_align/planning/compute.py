@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ernie_align.errors import AlignError, RecipeError
-from ernie_align.models.anatomy import Anatomy
-from ernie_align.planning.setting import Setting
-from ernie_align.planning.shape import Shape
+from ernie_align.models.architecture import Architecture
+from ernie_align.planning.setting import Workload
+from ernie_align.planning.shape import ModelShape
 
 EFFICIENCY = 0.35
 _OUTSIDE_THE_DECODER = ("embeddings", "vision_tower", "resampler", "lm_head")
@@ -58,7 +58,9 @@ class Work:
     tokens: int
 
 
-def work(setting: Setting, anatomy: Anatomy, shape: Shape, gpu: Gpu, efficiency: float = EFFICIENCY) -> Work:
+def work(
+    setting: Workload, architecture: Architecture, shape: ModelShape, gpu: Gpu, efficiency: float = EFFICIENCY
+) -> Work:
     """Two operations a weight that a token meets, and attention; backward twice that, or once under adapters.
 
     Rows are taken at their full length. Generation is bound by memory and not by this: of a rollout only the
@@ -66,7 +68,7 @@ def work(setting: Setting, anatomy: Anatomy, shape: Shape, gpu: Gpu, efficiency:
     """
     if not 0 < efficiency <= 1:
         raise _bad_efficiency(efficiency)
-    forward = _forward(setting, anatomy, shape)
+    forward = _forward(setting, architecture, shape)
     passes = 1 + (1 if setting.is_adapter else 2) + (1 if setting.checkpointing else 0)
     tokens = setting.positions * setting.accumulation * setting.gpus
     operations = forward * tokens * (passes + (1 if setting.asks_reference else 0))
@@ -79,20 +81,20 @@ def _bad_efficiency(value: float) -> AlignError:
     return RecipeError.at("--efficiency", f"{value} is no share", fix="write a number above 0 and up to 1")
 
 
-def _forward(setting: Setting, anatomy: Anatomy, shape: Shape) -> float:
+def _forward(setting: Workload, architecture: Architecture, shape: ModelShape) -> float:
     always = sum(
         tensor.size
-        for tensor in anatomy.tensors
+        for tensor in architecture.tensors
         if (tensor.kind == "linear" and tensor.part not in _OUTSIDE_THE_DECODER) or tensor.kind == "router"
     )
     chosen = 0.0
-    for tensor in anatomy.tensors:
+    for tensor in architecture.tensors:
         if tensor.kind == "fused":
             share = setting.vision if tensor.part == "vision_experts" else 1.0 - setting.vision
             chosen += share * tensor.size * shape.top_k / tensor.shape[0]
     attention = 2 * len(shape.layers) * shape.queries * setting.tokens  # causal: half of all pairs, two products
     head = shape.vocabulary * shape.hidden
-    seen = sum(t.size for t in anatomy.tensors if t.part == "vision_tower" and t.kind == "linear")
-    resampled = sum(t.size for t in anatomy.tensors if t.part == "resampler" and t.kind == "linear")
+    seen = sum(t.size for t in architecture.tensors if t.part == "vision_tower" and t.kind == "linear")
+    resampled = sum(t.size for t in architecture.tensors if t.part == "resampler" and t.kind == "linear")
     merge = shape.tower.merge if shape.tower is not None else 0
     return 2 * (always + chosen + head + setting.vision * (merge * seen + resampled)) + attention

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_align.errors import ModelError
-from ernie_align.models.files import CheckpointFiles
+from ernie_align.models.checkpoint_files import CheckpointFiles
 
 _TEXT = {"vocab_size": 103424, "max_position_embeddings": 131072, "tie_word_embeddings": True}
 _A3B = {

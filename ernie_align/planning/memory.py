@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ernie_align.models.anatomy import Anatomy, Tensor
+from ernie_align.models.architecture import Architecture, ParameterSpec
 from ernie_align.planning.activations import kept
-from ernie_align.planning.setting import Setting
-from ernie_align.planning.shape import Shape
+from ernie_align.planning.setting import Workload
+from ernie_align.planning.shape import ModelShape
 
 # TRL's fused head scores tokens in tiles of so many positions by so many words of the vocabulary.
 _TILE_TOKENS, _TILE_WORDS = 4096, 32768
@@ -18,7 +18,7 @@ _SAMPLING_COPIES = 3  # logits, scores and their softmax, in float32
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes on each device.
 
     weights, reference, adapters, optimizer are held all the time; gradients, activations and logits within a step,
@@ -47,21 +47,21 @@ class Memory:
         return {name: value for name, value in found.items() if value}
 
 
-def memory(setting: Setting, anatomy: Anatomy, shape: Shape) -> Memory:
+def estimate_memory(setting: Workload, architecture: Architecture, shape: ModelShape) -> MemoryEstimate:
     """Of a run with this setting."""
     share = 1 / setting.gpus
     whole_weights = share if setting.strategy in ("fsdp", "zero3", "ep") else 1.0
     states = 1.0 if setting.strategy == "ddp" else share
 
-    base = weight_bytes(anatomy, setting)
+    base = weight_bytes(architecture, setting)
     weights = base * whole_weights
     if whole_weights < 1:
-        weights += _largest_layer(anatomy, setting)  # gathered while it computes
+        weights += _largest_layer(architecture, setting)  # gathered while it computes
     adapters = setting.trainable * 4.0 * (1 + setting.copies) * whole_weights if setting.is_adapter else 0.0
-    gradients = _trained_bytes(anatomy, setting) * states
+    gradients = _trained_bytes(architecture, setting) * states
     if setting.gpus > 1 and setting.strategy == "ddp":
         gradients *= 2  # the buckets in which they are reduced
-    optimizer = _state_bytes(anatomy, setting) * states
+    optimizer = _state_bytes(architecture, setting) * states
     reference = base * whole_weights if setting.reference else 0.0
 
     found = kept(setting, shape)
@@ -81,15 +81,17 @@ def memory(setting: Setting, anatomy: Anatomy, shape: Shape) -> Memory:
     if setting.asks_reference and setting.stage == "dpo":
         moments.append(asking)
     held = weights + reference + adapters + optimizer
-    return Memory(weights, reference, adapters, optimizer, gradients, activations, logits, rollout, held + max(moments))
+    return MemoryEstimate(
+        weights, reference, adapters, optimizer, gradients, activations, logits, rollout, held + max(moments)
+    )
 
 
-def weight_bytes(anatomy: Anatomy, setting: Setting) -> float:
+def weight_bytes(architecture: Architecture, setting: Workload) -> float:
     """Of the base model. Routers stay in float32; a quantised base keeps embeddings, head, norms and biases as is."""
-    return sum(tensor.size * _bits(tensor, setting) / 8 for tensor in anatomy.tensors)
+    return sum(tensor.size * _bits(tensor, setting) / 8 for tensor in architecture.tensors)
 
 
-def _bits(tensor: Tensor, setting: Setting) -> float:
+def _bits(tensor: ParameterSpec, setting: Workload) -> float:
     if tensor.kind in ("router", "frozen"):
         return 32
     own = 8 * setting.bytes_each
@@ -98,11 +100,11 @@ def _bits(tensor: Tensor, setting: Setting) -> float:
     return setting.base_bits + 16 / _GROUP
 
 
-def _largest_layer(anatomy: Anatomy, setting: Setting) -> float:
+def _largest_layer(architecture: Architecture, setting: Workload) -> float:
     """With its adapters, and with their gradients until these are shared out again."""
     adapters = {target.tensor.name: target.tensor.lora_size(target.rank) for target in setting.targets or ()}
     layers: dict[tuple[str, int | None], float] = {}
-    for tensor in anatomy.tensors:
+    for tensor in architecture.tensors:
         size = 4.0 * adapters.get(tensor.name, 0) * (2 + setting.copies)
         if setting.strategy != "ep" or tensor.kind != "fused":  # dealt-out experts stay where they are
             size += tensor.size * _bits(tensor, setting) / 8
@@ -112,35 +114,35 @@ def _largest_layer(anatomy: Anatomy, setting: Setting) -> float:
     return max(layers.values())
 
 
-def _trained_bytes(anatomy: Anatomy, setting: Setting) -> float:
+def _trained_bytes(architecture: Architecture, setting: Workload) -> float:
     """Gradients: adapters are float32, weights are trained in the dtype they are loaded in."""
     if setting.is_adapter:
         return setting.trainable * 4.0
     return float(sum(size * setting.bytes_each for size in setting.trained.values()))
 
 
-def _state_bytes(anatomy: Anatomy, setting: Setting) -> float:
+def _state_bytes(architecture: Architecture, setting: Workload) -> float:
     """torch's AdamW keeps two values in the dtype of what it trains."""
     name = setting.optimizer
     if "8bit" in name:
         return 2.0 * setting.trainable
     each = 0 if name in ("sgd", "adafactor") else 1 if "lion" in name else 2
-    return each * _trained_bytes(anatomy, setting)
+    return each * _trained_bytes(architecture, setting)
 
 
-def _pixels(setting: Setting, shape: Shape) -> float:
+def _pixels(setting: Workload, shape: ModelShape) -> float:
     """The images of a batch, float32."""
     if shape.tower is None:
         return 0.0
     return setting.positions * setting.vision * shape.tower.merge * shape.tower.pixels * 4
 
 
-def _scored(setting: Setting) -> int:
+def _scored(setting: Workload) -> int:
     """Positions that the head scores: of rollouts the completions, otherwise those that predict a trained token."""
     return setting.rows * setting.completion if setting.completion else round(setting.positions * setting.scored)
 
 
-def _head(setting: Setting, shape: Shape) -> float:
+def _head(setting: Workload, shape: ModelShape) -> float:
     """TRL's fused head at its worst, which is its backward."""
     positions, s = _scored(setting), setting.bytes_each
     tile = min(positions, _TILE_TOKENS) * min(shape.vocabulary, _TILE_WORDS)
@@ -150,18 +152,18 @@ def _head(setting: Setting, shape: Shape) -> float:
     return size + _head_gradient(setting, shape)
 
 
-def _head_gradient(setting: Setting, shape: Shape) -> float:
+def _head_gradient(setting: Workload, shape: ModelShape) -> float:
     """Of the head's weight, which is the embeddings' where the two are tied: float32, from the first backward step."""
     trained = not setting.is_adapter and setting.trained.keys() & {"embeddings", "lm_head"}
     return 4.0 * shape.vocabulary * shape.hidden if trained else 0.0
 
 
-def _embedding_gradient(setting: Setting, shape: Shape) -> float:
+def _embedding_gradient(setting: Workload, shape: ModelShape) -> float:
     """The embeddings' own, which stands beside the head's until the two are added."""
     return setting.bytes_each * shape.vocabulary * shape.hidden
 
 
-def _forward(setting: Setting, shape: Shape, positions: float) -> float:
+def _forward(setting: Workload, shape: ModelShape, positions: float) -> float:
     """A forward that learns nothing, at its widest step."""
     widest = 3.0 * max((layer.mlp for layer in shape.layers), default=0)
     for layer in shape.layers:
@@ -171,7 +173,7 @@ def _forward(setting: Setting, shape: Shape, positions: float) -> float:
     return positions * setting.bytes_each * (3 * shape.hidden + widest)
 
 
-def _rollout(setting: Setting, shape: Shape) -> float:
+def _rollout(setting: Workload, shape: ModelShape) -> float:
     """Drawing completions: every key and value, the widest step over all prompts at once, and sampling."""
     if not setting.drawn:
         return 0.0

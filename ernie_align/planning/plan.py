@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ernie_align.models.anatomy import Anatomy
-from ernie_align.models.scopes import Coverage, coverage
+from ernie_align.models.architecture import Architecture
+from ernie_align.models.trainable_parts import ParameterSummary, parameter_summary
 from ernie_align.planning.compute import EFFICIENCY, Gpu, Work, gpu_of, work
 from ernie_align.planning.configs import config_of
 from ernie_align.planning.fit import Change, smallest_change
-from ernie_align.planning.memory import Memory, memory, weight_bytes
-from ernie_align.planning.setting import Setting, Strategy
-from ernie_align.planning.shape import Shape
+from ernie_align.planning.memory import MemoryEstimate, estimate_memory, weight_bytes
+from ernie_align.planning.setting import Strategy, Workload
+from ernie_align.planning.shape import ModelShape
 from ernie_align.recipe import Recipe
 from ernie_align.stages import STAGES
 
@@ -39,9 +39,9 @@ class Plan:
     """What a recipe needs. All sizes in bytes, on each device; sizes_from: what was read to know the model."""
 
     sizes_from: str
-    setting: Setting
-    coverage: Coverage
-    memory: Memory
+    setting: Workload
+    parameter_summary: ParameterSummary
+    estimate_memory: MemoryEstimate
     work: Work
     gpu: Gpu
     efficiency: float
@@ -55,8 +55,9 @@ class Plan:
         del setting["targets"]
         return {
             "sizes_from": self.sizes_from,
-            "parameters": {row.part: row.parameters for row in self.coverage.rows} | {"all": self.coverage.parameters},
-            "trainable": self.coverage.trainable,
+            "parameters": {row.part: row.parameters for row in self.parameter_summary.rows}
+            | {"all": self.parameter_summary.parameters},
+            "trainable": self.parameter_summary.trainable,
             "setting": setting,
             "memory": asdict(self.memory),
             "gpu": asdict(self.gpu),
@@ -88,40 +89,42 @@ def plan(
     Raises ModelError where the model is not known, RecipeError for a GPU that is not.
     """
     config, sizes_from = config_of(recipe.model.name, recipe.model.revision, where=recipe.model.where("name"))
-    anatomy = Anatomy.from_config(config, where=sizes_from)
-    shape = Shape.of(anatomy, config)
+    architecture = Architecture.from_config(config, where=sizes_from)
+    shape = ModelShape.of(architecture, config)
     setting = replace(
-        Setting.of(recipe, anatomy, vision=vision_share), gpus=gpus, strategy=strategy, scored=trained_share
+        Workload.of(recipe, architecture, vision=vision_share), gpus=gpus, strategy=strategy, scored=trained_share
     )
     if base_bits is not None and setting.is_adapter:
         setting = replace(setting, base_bits=base_bits)
     device = gpu_of(gpu)
-    needed = memory(setting, anatomy, shape)
+    needed = estimate_memory(setting, architecture, shape)
     fits = needed.peak <= device.memory
     return Plan(
         sizes_from,
         setting,
-        coverage(anatomy, STAGES[recipe.stage].scope(recipe, anatomy)),
+        parameter_summary(architecture, STAGES[recipe.stage].scope(recipe, architecture)),
         needed,
-        work(setting, anatomy, shape, device, efficiency),
+        work(setting, architecture, shape, device, efficiency),
         device,
         efficiency,
         fits,
-        None if fits else smallest_change(setting, anatomy, shape, device.memory),
-        _calculator(setting, anatomy, shape, context),
+        None if fits else smallest_change(setting, architecture, shape, device.memory),
+        _calculator(setting, architecture, shape, context),
     )
 
 
-def _calculator(setting: Setting, anatomy: Anatomy, shape: Shape, context: int | None) -> tuple[Row, ...]:
+def _calculator(
+    setting: Workload, architecture: Architecture, shape: ModelShape, context: int | None
+) -> tuple[Row, ...]:
     contexts = sorted(
         {length for length in (*_CONTEXTS, context or 0) if 0 < length <= max(shape.context, context or 0)}
     )
     rows = []
     for bits in BITS:
         base = replace(setting, bytes_each=2, base_bits=bits)
-        weights = weight_bytes(anatomy, base)
+        weights = weight_bytes(architecture, base)
         for length in contexts:
             cache = shape.cache(length, bytes_each=2)
-            training = memory(base.of_length(length), anatomy, shape).peak if setting.is_adapter else None
+            training = estimate_memory(base.of_length(length), architecture, shape).peak if setting.is_adapter else None
             rows.append(Row(bits, length, weights, cache, weights + cache, training))
     return tuple(rows)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ernie_align.models.anatomy import Anatomy
-from ernie_align.models.scopes import Target
+from ernie_align.models.architecture import Architecture
+from ernie_align.models.trainable_parts import Target
 from ernie_align.recipe import Recipe
 from ernie_align.stages import STAGES
 
@@ -24,7 +24,7 @@ _DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Setting:
+class Workload:
     """One recipe on given hardware.
 
     rows: sequences in a forward that learns, on each device (both sides of a pair count); tokens: of each, at most;
@@ -63,10 +63,10 @@ class Setting:
     shared: bool = False
 
     @classmethod
-    def of(cls, recipe: Recipe, anatomy: Anatomy, *, vision: float) -> Setting:
+    def of(cls, recipe: Recipe, architecture: Architecture, *, vision: float) -> Workload:
         """From a recipe and its model's table of parts. Raises ModelError where a scope matches nothing."""
         given = {key: recipe.training.get(key, default) for key, default in _DEFAULTS.items()}
-        trained = STAGES[recipe.stage].scope(recipe, anatomy)
+        trained = STAGES[recipe.stage].scope(recipe, architecture)
         targets = tuple(item for item in trained if isinstance(item, Target))
         sizes: dict[str, int] = {}
         for item in trained:
@@ -86,7 +86,7 @@ class Setting:
             optimizer=given["optim"],
             trained=sizes,
             targets=targets or None,
-            vision=vision if anatomy.has_vision else 0.0,
+            vision=vision if architecture.has_vision else 0.0,
             steps=steps if isinstance(steps, int) and steps > 0 else None,
             base_bits=8 * (2 if recipe.model.dtype == "bfloat16" else 4),
             flat=flat,
@@ -105,7 +105,7 @@ class Setting:
         """data.max_length of such rows."""
         return round(self.tokens * (1 + self.vision) / 2) if self.shared else self.tokens - self.completion
 
-    def of_length(self, max_length: int) -> Setting:
+    def of_length(self, max_length: int) -> Workload:
         """The same with another data.max_length."""
         tokens = round(2 * max_length / (1 + self.vision)) if self.shared else max_length + self.completion
         return replace(self, tokens=tokens)
@@ -126,7 +126,7 @@ class Setting:
         return sum(self.trained.values())
 
 
-def _with_policy(setting: Setting, recipe: Any) -> Setting:
+def _with_policy(setting: Workload, recipe: Any) -> Workload:
     """Preference stages: pairs of rows, references, rollouts."""
     if recipe.stage == "dpo":
         asks = not recipe.dpo.reference_free and recipe.dpo.reference == "auto"
@@ -145,12 +145,12 @@ def _with_policy(setting: Setting, recipe: Any) -> Setting:
         )
     return replace(
         setting,
-        copies=int(recipe.keeps_adapter),
+        copies=int(recipe.continues_adapter),
         reference=recipe.adapter is None and setting.asks_reference,
     )
 
 
-def _with_shared_prompt(setting: Setting) -> Setting:
+def _with_shared_prompt(setting: Workload) -> Workload:
     """Images stand in the prompt, so they at least are shared; how much of the text is, no recipe says.
 
     A share v of max_length tokens: a row has (2 - v) · max_length, of which v / (2 - v) are image tokens.

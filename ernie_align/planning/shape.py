@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ernie_align.models.anatomy import Anatomy
+from ernie_align.models.architecture import Architecture
 
 _TOP_K, _TOWER_HEADS, _CONTEXT = 6, 16, 131072  # transformers' class defaults
 
@@ -45,7 +45,7 @@ class Tower:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """H hidden, V vocabulary, widths of the queries and of keys (or values), top_k experts a token."""
 
     hidden: int
@@ -59,19 +59,19 @@ class Shape:
     tower: Tower | None
 
     @classmethod
-    def of(cls, anatomy: Anatomy, config: Mapping[str, Any]) -> Shape:
+    def of(cls, architecture: Architecture, config: Mapping[str, Any]) -> ModelShape:
         """From the table of parts; head counts and top-k, which no tensor shows, from config.json."""
         text = config.get("text_config") or config
         vision = config.get("vision_config") or {}
-        tensors = {tensor.name: tensor for tensor in anatomy.tensors}
+        tensors = {tensor.name: tensor for tensor in architecture.tensors}
         stem = next(name for name in tensors if name.endswith("embed_tokens.weight")).removesuffix(
             "embed_tokens.weight"
         )
         vocabulary, hidden = tensors[f"{stem}embed_tokens.weight"].shape
         queries = tensors[f"{stem}layers.0.self_attn.q_proj.weight"].shape[0]
         layers = []
-        for number in range(anatomy.num_layers):
-            here = [tensor for tensor in anatomy.tensors if tensor.name.startswith(f"{stem}layers.{number}.mlp.")]
+        for number in range(architecture.num_layers):
+            here = [tensor for tensor in architecture.tensors if tensor.name.startswith(f"{stem}layers.{number}.mlp.")]
             pools = {t.part: Pool(t.shape[0], t.shape[2]) for t in here if t.name.endswith("experts.down_proj")}
             gate = next((t for t in here if t.name.endswith("gate_proj.weight")), None)
             layers.append(Layer(gate.shape[0] if gate else 0, gate.part if gate else "", pools))
@@ -84,7 +84,7 @@ class Shape:
             top_k=text.get("moe_k") or _TOP_K,
             context=text.get("max_position_embeddings") or _CONTEXT,
             layers=tuple(layers),
-            tower=_tower(tensors, vision) if anatomy.has_vision else None,
+            tower=_tower(tensors, vision) if architecture.has_vision else None,
         )
 
     def cache(self, tokens: int, *, bytes_each: float) -> float:

@@ -9,52 +9,54 @@ from ernie_align.planning.plan import Plan
 _GB = 1e9
 
 
-def as_text(plan: Plan) -> str:
+def format_plan(plan: Plan) -> str:
     """Parameters, memory, verdict, time, the calculator, and what was assumed."""
     setting, needed = plan.setting, plan.memory
     parts = [
-        (row.part, f"{row.parameters:,}", f"{row.trainable:,}" if row.trainable else "-") for row in plan.coverage.rows
+        (row.part, f"{row.parameters:,}", f"{row.trainable:,}" if row.trainable else "-")
+        for row in plan.parameter_summary.rows
     ]
-    parts.append(("all", f"{plan.coverage.parameters:,}", f"{plan.coverage.trainable:,}"))
-    held = [(name, gb(size)) for name, size in needed.parts().items()]
-    held.append(("at the worst moment", gb(needed.peak)))
+    parts.append(("all", f"{plan.parameter_summary.parameters:,}", f"{plan.parameter_summary.trainable:,}"))
+    held = [(name, format_gb(size)) for name, size in needed.parts().items()]
+    held.append(("at the worst moment", format_gb(needed.peak)))
     calculator = [
-        (str(row.bits), f"{row.context:,}", gb(row.weights), gb(row.cache), gb(row.serving))
-        + ((gb(row.training),) if row.training is not None else ("-",))
+        (str(row.bits), f"{row.context:,}", format_gb(row.weights), format_gb(row.cache), format_gb(row.serving))
+        + ((format_gb(row.training),) if row.training is not None else ("-",))
         for row in plan.calculator
     ]
     heads = ("bits", "context", "weights", "cache", "serving", "training")
     return "\n\n".join(
         [
             f"sizes: {plan.sizes_from}",
-            table(("part", "parameters", "trained"), parts),
-            table((f"on each of {setting.gpus} GPU(s), {setting.strategy}", "GB"), held),
-            verdict(plan),
+            format_table(("part", "parameters", "trained"), parts),
+            format_table((f"on each of {setting.gpus} GPU(s), {setting.strategy}", "GB"), held),
+            fit_summary(plan),
             _time(plan),
-            table(heads, calculator) + "\nGB; serving: weights and one sequence; training: this recipe at that length",
+            format_table(heads, calculator)
+            + "\nGB; serving: weights and one sequence; training: this recipe at that length",
             _assumed(plan),
         ]
     )
 
 
-def verdict(plan: Plan) -> str:
+def fit_summary(plan: Plan) -> str:
     """Whether it fits, and if not, the smallest change that does."""
-    needed, there = gb(plan.memory.peak), gb(plan.gpu.memory)
+    needed, there = format_gb(plan.memory.peak), format_gb(plan.gpu.memory)
     if plan.fits:
         return f"Fits: {needed} GB of {there}."
     if plan.change is None:
         return f"Does not fit: {needed} GB of {there}; nothing that was tried does."
-    change = f"{plan.change.says} ({gb(plan.change.peak)} GB)"
+    change = f"{plan.change.says} ({format_gb(plan.change.peak)} GB)"
     return f"Does not fit: {needed} GB of {there}; smallest change that fits: {change}."
 
 
-def gb(size: float) -> str:
+def format_gb(size: float) -> str:
     """Bytes -> GB of 10^9 bytes, three figures."""
     value = size / _GB
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns in step: the first to the left, numbers to the right."""
     widths = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head))]
 

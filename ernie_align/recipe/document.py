@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import pathlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
-from ernie_align.errors import Fault, RecipeError
+from ernie_align.errors import Fault, RecipeError, find_secret, is_secret_key
 
 Path = tuple[str | int, ...]
 COMMAND_LINE = "command line"
@@ -31,7 +32,7 @@ _SCALARS = (
 )
 
 
-def file_text(path: pathlib.Path) -> str:
+def read_text_file(path: pathlib.Path) -> str:
     """Of a file that a recipe names. Raises OSError or ValueError; never waits for a pipe, never reads a device."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "no file")
@@ -204,3 +205,34 @@ def _put(document: Document, path: Path, value: Document) -> Fault | None:
     document.places.update({(*path, *below): COMMAND_LINE for below in value.places})
     document.keys.update({(*path, *below): COMMAND_LINE for below in ((), *value.keys)})
     return None
+
+
+_WHY = "a recipe is copied into the run directory, and from there to wherever runs are shared"
+_FIX = "drop it, and withdraw it where it is valid; a judge's key is named by api_key_env, the hub's is HF_TOKEN"
+
+
+def refuse_secrets(document: Document) -> None:
+    """Raises RecipeError with the place of each secret in values and comments, and shows none of them."""
+    faults = []
+    for path, key, value in _leaves(document.values, (), ""):
+        if not isinstance(value, str) or not value:
+            continue
+        what = find_secret(value) or ("a secret, by the name of its key" if is_secret_key(key) else None)
+        if what is not None:
+            faults.append(Fault(document.address(path), what, why=_WHY, fix=_FIX))
+    for number, line in enumerate(document.text.splitlines(), start=1):
+        if "#" in line and (what := find_secret(line[line.index("#") :])):
+            faults.append(Fault(f"{document.name}:{number}", f"{what}, in a comment", why=_WHY, fix=_FIX))
+    if faults:
+        raise RecipeError(*faults)
+
+
+def _leaves(value: Any, path: Path, key: str) -> Iterator[tuple[Path, str, Any]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(inner, (*path, name), str(name))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _leaves(inner, (*path, number), key)
+    else:
+        yield path, key, value

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, Union
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from ernie_align.recipe.rewards import REWARDS, CustomReward, named_block
+from ernie_align.recipe.rewards import REWARDS, CustomReward, parse_named_block
 from ernie_align.recipe.schema import Block, Format, fault
 
 _Names = Annotated[
@@ -43,7 +43,7 @@ class DataSetBlock(Block):
     limit: int | None = Field(None, ge=1, description="Use only this many rows, the first ones")
 
     @property
-    def called(self) -> str:
+    def display_name(self) -> str:
         """What figures call it."""
         return self.name or PurePath(self.path).name
 
@@ -135,7 +135,7 @@ OWN = {
 METRICS = {**REWARDS, **OWN}
 MetricBlock = Annotated[
     Union[(*METRICS.values(), CustomReward)],
-    BeforeValidator(lambda value: named_block(value, METRICS, kind="metric")),
+    BeforeValidator(lambda value: parse_named_block(value, METRICS, kind="metric")),
 ]
 
 
@@ -179,7 +179,7 @@ class Plan(Block):
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
-        names = [data.called for data in self.data]
+        names = [data.display_name for data in self.data]
         for number, name in enumerate(names):
             if name in names[:number] or re.search(r"[\s@/<>=]", name):
                 why = "stands twice" if name in names[:number] else "holds white space or one of @ < > ="

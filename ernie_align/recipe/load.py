@@ -12,9 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ernie_align.errors import Fault, RecipeError
-from ernie_align.recipe.document import MAX_BYTES, Document, apply_overrides, dotted, parse_document
+from ernie_align.recipe.document import MAX_BYTES, Document, apply_overrides, dotted, parse_document, refuse_secrets
 from ernie_align.recipe.schema import Block, Recipe
-from ernie_align.recipe.secrets import refuse_secrets
 
 B = TypeVar("B", bound=Block)
 
@@ -135,7 +134,7 @@ def _judge(document: Document, cls: type[Recipe]) -> tuple[Recipe | None, list[F
     faults: list[Fault] = []
     training = document.values.get("training")
     if isinstance(training, dict):
-        owned = cls.owned_training_keys()
+        owned = cls.reserved_training_keys()
         for key in [key for key in training if key in owned]:
             where = document.address(("training", key), of_key=True)
             faults.append(Fault(where, "not set under training", fix=owned[key]))

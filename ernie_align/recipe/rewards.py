@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, Union
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from ernie_align.recipe.code import Function, did_you_mean
-from ernie_align.recipe.document import file_text
+from ernie_align.recipe.document import read_text_file
 from ernie_align.recipe.schema import Block, fault
 
 Unit = Literal["tokens", "characters", "words"]
@@ -77,7 +78,7 @@ class NumericReward(_Reward):
     relative: float = Field(1e-6, ge=0, description="Tolerance as a share of the expected number")
 
 
-class MathsReward(_Reward):
+class MathReward(_Reward):
     """1 if the answer is mathematically equal to the expected one, as math-verify sees it, else 0."""
 
     name: Literal["maths"]
@@ -139,14 +140,14 @@ class JsonSchemaReward(_Reward):
         return against
 
     @property
-    def schema_itself(self) -> dict[str, Any]:
+    def schema_dict(self) -> dict[str, Any]:
         """The schema as a mapping, from the file where one is named."""
         return _read_json(self.against) if isinstance(self.against, str) else self.against
 
 
 def _read_json(path: str) -> dict[str, Any]:
     try:
-        found = json.loads(file_text(Path(path)))
+        found = json.loads(read_text_file(Path(path)))
     except OSError as error:
         raise fault(
             "", f"{path} cannot be read: {error.strerror}", fix="paths start at the working directory"
@@ -244,23 +245,25 @@ class CustomReward(_Reward):
     @property
     def columns(self) -> tuple[str, ...]:
         """The row columns it cannot do without: parameters with no default that neither TRL nor args gives."""
-        return tuple(name for name in Function.read(self.path, self.function).required if name not in self.args)
+        return tuple(
+            name for name in FunctionSignature.read(self.path, self.function).required if name not in self.args
+        )
 
     @field_validator("name")
     @classmethod
     def _can_be_called(cls, name: str) -> str:
         path, _, function = name.rpartition(":")
-        found = Function.read(Path(path), function)
+        found = FunctionSignature.read(Path(path), function)
         if found.is_async:
             raise fault("", f"{function} is async ({path}:{found.line})", fix="write a plain function")
-        if not found.takes_any:
+        if not found.accepts_kwargs:
             what = f"{function} takes no **kwargs ({path}:{found.line})"
             raise fault("", what, why="TRL passes every column of the rows, and more", fix="add **kwargs")
         return name
 
     @model_validator(mode="after")
     def _args_are_parameters(self) -> Self:
-        found = Function.read(self.path, self.function)
+        found = FunctionSignature.read(self.path, self.function)
         known = [*found.required, *found.optional]
         for key in self.args:
             if key not in known:
@@ -274,7 +277,7 @@ CRITERIA = {
     "contains": ContainsReward,
     "choice": ChoiceReward,
     "numeric": NumericReward,
-    "maths": MathsReward,
+    "maths": MathReward,
     "format": FormatReward,
     "thinking": ThinkingReward,
     "json_schema": JsonSchemaReward,
@@ -290,7 +293,7 @@ class ChecklistReward(_Reward):
     """Several criteria, each a reward of its own: their mean by weight, over those that apply to the row."""
 
     name: Literal["checklist"]
-    criteria: list[Annotated[Criterion, BeforeValidator(lambda value: named_block(value, CRITERIA))]] = Field(
+    criteria: list[Annotated[Criterion, BeforeValidator(lambda value: parse_named_block(value, CRITERIA))]] = Field(
         min_length=1, description="Any reward but another checklist"
     )
 
@@ -317,7 +320,7 @@ def reward_names(blocks: Sequence[Any]) -> list[str]:
     return names
 
 
-def named_block(value: Any, blocks: Mapping[str, type[Block]], *, kind: str = "reward") -> Block:
+def parse_named_block(value: Any, blocks: Mapping[str, type[Block]], *, kind: str = "reward") -> Block:
     """The block that `name` asks for. A bare union would report the faults of all its members instead of its own."""
     if isinstance(value, Block):
         return value
@@ -348,4 +351,66 @@ def _line(cls: type[Block], item: Any) -> InitErrorDetails:
     return InitErrorDetails(type=kind, loc=loc, input=item["input"], ctx=context)
 
 
-RewardBlock = Annotated[Criterion | ChecklistReward, BeforeValidator(lambda value: named_block(value, REWARDS))]
+RewardBlock = Annotated[Criterion | ChecklistReward, BeforeValidator(lambda value: parse_named_block(value, REWARDS))]
+
+
+# What TRL hands to every reward function beside the columns of the rows.
+TRL_REWARD_ARGUMENTS = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "environments",
+)
+
+
+@dataclass(frozen=True)
+class FunctionSignature:
+    """line: where it begins, from 1; required, optional: its parameters without and with a default, minus what TRL
+    gives; takes_any: it has **kwargs.
+    """
+
+    line: int
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    accepts_kwargs: bool
+    is_async: bool
+
+    @classmethod
+    def read(cls, path: Path, name: str) -> FunctionSignature:
+        """The function `name` at the top level of the file. Raises a fault of the recipe if there is none."""
+        try:
+            tree = ast.parse(read_text_file(path), str(path))
+        except OSError as error:
+            what = f"{path} cannot be read: {error.strerror}"
+            raise fault("", what, fix="name a file; paths start at the working directory") from None
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # of nesting: either of the last two
+            raise fault("", f"{path} is no Python: {error}", fix="mend the file") from None
+        functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        if name not in functions:
+            fix = did_you_mean(name, list(functions)) if functions else "define it at the file's top level"
+            raise fault("", f"{path} has no function {name}", fix=fix)
+        return cls._of(functions[name])
+
+    @classmethod
+    def _of(cls, node: ast.FunctionDef | ast.AsyncFunctionDef) -> FunctionSignature:
+        names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+        bare = len(names) - len(node.args.defaults)
+        keywords = list(zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True))
+        required = [*names[:bare], *(key.arg for key, default in keywords if default is None)]
+        optional = [*names[bare:], *(key.arg for key, default in keywords if default is not None)]
+        return cls(
+            line=node.lineno,
+            required=tuple(name for name in required if name not in TRL_REWARD_ARGUMENTS),
+            optional=tuple(name for name in optional if name not in TRL_REWARD_ARGUMENTS),
+            accepts_kwargs=node.args.kwarg is not None,
+            is_async=isinstance(node, ast.AsyncFunctionDef),
+        )
+
+
+def did_you_mean(word: str, choices: Sequence[str]) -> str:
+    """The next move after a wrong name: the nearest right one, or all of them."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else f"choose from {', '.join(choices)}"

@@ -306,7 +306,7 @@ class Recipe(Block):
     _given: str = PrivateAttr("")
 
     # Keys of other stages' recipes, and the stage each belongs to: for the error about a block in the wrong recipe.
-    elsewhere: ClassVar[Mapping[str, str]] = {}
+    keys_of_other_stages: ClassVar[Mapping[str, str]] = {}
 
     @property
     def as_given(self) -> str:
@@ -319,6 +319,6 @@ class Recipe(Block):
         raise AssertionError(f"{cls.__name__} names no TRL config")
 
     @classmethod
-    def owned_training_keys(cls) -> Mapping[str, str]:
+    def reserved_training_keys(cls) -> Mapping[str, str]:
         """Keys of the TRL config that are not set under `training:` -> where they are set, or why they are not."""
         return {}

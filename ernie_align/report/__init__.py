@@ -1,7 +1,7 @@
 """Runs and comparisons as lines on the terminal, pictures in a notebook, and one HTML page."""
 
-from ernie_align.report.console import hush
-from ernie_align.report.folders import logged
+from ernie_align.report.console import quiet_libraries
+from ernie_align.report.folders import read_metric
 from ernie_align.report.page import write_page
 from ernie_align.report.pictures import Picture, answers, curves, expert_load, gallery, rates, token_map
 
@@ -11,9 +11,9 @@ __all__ = [
     "curves",
     "expert_load",
     "gallery",
-    "hush",
-    "logged",
+    "quiet_libraries",
     "rates",
+    "read_metric",
     "token_map",
     "write_page",
 ]

@@ -15,15 +15,15 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ernie_align.data.load import SourceCount
-from ernie_align.data.preview import Stretch
-from ernie_align.models.scopes import Coverage
+from ernie_align.data.load import SourceStats
+from ernie_align.data.preview import TokenSpan
+from ernie_align.models.trainable_parts import ParameterSummary
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
     from transformers import TrainerCallback
 
-    from ernie_align.models.certificate import TextLogits
+    from ernie_align.models.text_parity import TextProbe
 
 
 _WIDTH_OF_FILES = 140
@@ -38,11 +38,11 @@ class Terminal:
         width = None if sys.stdout.isatty() else _WIDTH_OF_FILES
         self.console = console or Console(highlight=False, soft_wrap=True, quiet=not speaks, width=width)
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """One line."""
         self.console.print(escape(line))
 
-    def coverage(self, table: Coverage) -> None:
+    def parameter_summary(self, table: ParameterSummary) -> None:
         """Part, parameters, trainable, tensors."""
         rows = Table("part", title="what is trained", title_justify="left")
         for name in ("parameters", "trainable", "tensors"):
@@ -58,7 +58,7 @@ class Terminal:
         rows.add_row("all", f"{table.parameters:,}", f"{table.trainable:,}", f"{share:.2f} %")
         self.console.print(rows)
 
-    def sources(self, counts: list[SourceCount]) -> None:
+    def sources(self, counts: list[SourceStats]) -> None:
         """What became of the rows of each source."""
         rows = Table("source", "format", title="rows", title_justify="left")
         for name in ("rows", "kept", "examples", "tokens", "trained", "vision", "images"):
@@ -76,19 +76,19 @@ class Terminal:
             for reason, number in count.dropped.items():
                 named = count.dropped_rows[reason][:_SHOWN_DROPS]
                 more = ", ..." if number > len(named) else ""
-                self.say(f"{count.name}: {number} rows dropped: {reason} ({', '.join(named)}{more})")
+                self.log(f"{count.name}: {number} rows dropped: {reason} ({', '.join(named)}{more})")
             if count.cut:
-                self.say(f"{count.name}: {count.cut} examples cut to data.max_length, at a turn")
+                self.log(f"{count.name}: {count.cut} examples cut to data.max_length, at a turn")
             if count.reasoning_left_out:
                 what = f"the reasoning of {count.reasoning_left_out} answers is not trained: thinking is off"
-                self.say(f"{count.name}: {what}")
+                self.log(f"{count.name}: {what}")
             if count.examples > count.kept:
                 what = f"{count.kept} rows give {count.examples} examples"
-                self.say(
+                self.log(
                     f"{count.name}: {what}: the template renders history unlike the turn it was, so turns stand apart"
                 )
 
-    def preview(self, parts: dict[str, list[Stretch]]) -> None:
+    def preview(self, parts: dict[str, list[TokenSpan]]) -> None:
         """The first example: what is trained in green, what goes to the vision pool in magenta."""
         colours = (("trained", "bold green"), ", ", ("vision pool", "magenta"), ", ", ("context", "dim"))
         self.console.print(Text.assemble("one example: ", *colours))
@@ -137,7 +137,7 @@ class Terminal:
 
             yield tick
 
-    def certificate(self, probe: TextLogits, unchanged: bool) -> None:
+    def text_parity(self, probe: TextProbe, unchanged: bool) -> None:
         """Whether text is answered as before, bit for bit."""
         what = f"{probe.rows} text sequences, {probe.tokens} tokens, {probe.vocabulary} logits each"
         verdict = (
@@ -146,7 +146,7 @@ class Terminal:
         self.console.print(f"text-only logits ({what}): {verdict}", style="bold green" if unchanged else "bold red")
 
 
-def verdicts(rows: Iterable[tuple[str, str, str]]) -> Table:
+def checks_table(rows: Iterable[tuple[str, str, str]]) -> Table:
     """(what was checked, pass or fail or neither, in words) as a table."""
     styles = {"pass": "green", "fail": "bold red"}
     table = Table("check", "verdict", "what was found", show_lines=True)
@@ -155,7 +155,7 @@ def verdicts(rows: Iterable[tuple[str, str, str]]) -> Table:
     return table
 
 
-def hush() -> None:
+def quiet_libraries() -> None:
     """Keep the libraries' own progress bars and advice off the terminal; errors still come through."""
     import datasets
     import transformers

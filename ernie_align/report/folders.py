@@ -49,7 +49,7 @@ def read(folder: Path) -> list[Run | Evaluated]:
     return found
 
 
-def logged(folder: str | Path, key: str) -> list[tuple[int, float]]:
+def read_metric(folder: str | Path, key: str) -> list[tuple[int, float]]:
     """(step, value) of everything that a run logged under `key`, in its metrics.jsonl.
 
     Raises DataError where the folder is no run, or logged nothing of that name.

@@ -8,10 +8,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ernie_align.doctor import Examination
+from ernie_align.dataset_report import DatasetReport
 from ernie_align.report import charts
-from ernie_align.report.checkup import section
 from ernie_align.report.comparison import kept, number, rates, rates_side_by_side, span
+from ernie_align.report.dataset_report import section
 from ernie_align.report.folders import Evaluated, Run, read
 from ernie_align.report.text import visible
 
@@ -36,7 +36,7 @@ def write_page(folders: Sequence[str | Path], path: str | Path) -> None:
     _write(page([part for folder in folders for part in read(Path(folder))]), Path(path))
 
 
-def write_checkup(examination: Examination, path: str | Path) -> None:
+def write_dataset_page(examination: DatasetReport, path: str | Path) -> None:
     """A page about the rows of a recipe, whole or not at all."""
     found = section(examination)
     _write(_rendered("the rows of a recipe", [found, *found["sources"]], [found]), Path(path))

@@ -9,10 +9,10 @@ from ernie_align.recipe.rewards import RewardBlock, reward_names
 from ernie_align.rewards.builtin import scorer_of
 from ernie_align.rewards.reward import Reward, missing_columns
 
-__all__ = ["Reward", "build", "missing_columns"]
+__all__ = ["Reward", "build_rewards", "missing_columns"]
 
 
-def build(blocks: Sequence[RewardBlock], *, cache: Path | None = None) -> list[Reward]:
+def build_rewards(blocks: Sequence[RewardBlock], *, cache: Path | None = None) -> list[Reward]:
     """The rewards of a recipe, in its order.
 
     cache: folder in which judges keep their verdicts; without one they are kept nowhere. A reward is called by its

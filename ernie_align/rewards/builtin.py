@@ -15,51 +15,51 @@ from ernie_align.recipe import rewards as blocks
 from ernie_align.rewards import verifiers
 from ernie_align.rewards.boxes import boxes_in, boxes_of, corners, grounding
 from ernie_align.rewards.choice import choice
-from ernie_align.rewards.completion import reasoning_of, text_of
+from ernie_align.rewards.completion import answer_text, reasoning_text
 from ernie_align.rewards.custom import custom
 from ernie_align.rewards.json_answer import json_verifier
 from ernie_align.rewards.judge import judge
-from ernie_align.rewards.maths import Mathematician
+from ernie_align.rewards.math_verifier import MathVerifier
 from ernie_align.rewards.quantities import numeric
 from ernie_align.rewards.reward import Scorer, by_row, place_of
 
 
 def _exact_match(block: blocks.ExactMatchReward, cache: Path | None) -> Scorer:
     def score(completion: Any, expected: Any) -> float:
-        return verifiers.exact_match(text_of(completion), expected, ignore_case=block.ignore_case)
+        return verifiers.exact_match(answer_text(completion), expected, ignore_case=block.ignore_case)
 
     return by_row(score, block.column)
 
 
 def _contains(block: blocks.ContainsReward, cache: Path | None) -> Scorer:
     def score(completion: Any, expected: Any = block.text) -> float:
-        return verifiers.contains(text_of(completion), expected, ignore_case=block.ignore_case)
+        return verifiers.contains(answer_text(completion), expected, ignore_case=block.ignore_case)
 
     return by_row(score, *([block.column] if block.column else []))
 
 
 def _choice(block: blocks.ChoiceReward, cache: Path | None) -> Scorer:
     def score(completion: Any, expected: Any, options: Any = None) -> float:
-        return choice(text_of(completion), expected, block.letters, options)
+        return choice(answer_text(completion), expected, block.letters, options)
 
     return by_row(score, block.column, *([block.options_column] if block.options_column else []))
 
 
 def _numeric(block: blocks.NumericReward, cache: Path | None) -> Scorer:
     def score(completion: Any, expected: Any) -> float:
-        return numeric(text_of(completion), expected, absolute=block.absolute, relative=block.relative)
+        return numeric(answer_text(completion), expected, absolute=block.absolute, relative=block.relative)
 
     return by_row(score, block.column)
 
 
-def _maths(block: blocks.MathsReward, cache: Path | None) -> Scorer:
+def _maths(block: blocks.MathReward, cache: Path | None) -> Scorer:
     if find_spec("math_verify") is None:
         what = "reward maths needs math-verify, which is not installed"
         raise RecipeError.at(block.where("name"), what, fix="pip install 'ernie-align[rewards]'")
-    mathematician = Mathematician(timeout=block.timeout)
+    mathematician = MathVerifier(timeout=block.timeout)
 
     def score(completion: Any, expected: Any) -> float | None:
-        scores = [mathematician.equal(text_of(completion), text) for text in verifiers.expected_texts(expected)]
+        scores = [mathematician.equal(answer_text(completion), text) for text in verifiers.expected_texts(expected)]
         return max((score for score in scores if score is not None), default=None)
 
     return replace(by_row(score, block.column), counts=lambda: mathematician.counts)
@@ -69,31 +69,31 @@ def _format(block: blocks.FormatReward, cache: Path | None) -> Scorer:
     pattern = re.compile(block.pattern)
 
     def score(completion: Any) -> float:
-        return verifiers.matches(text_of(completion), pattern, full=block.match == "full")
+        return verifiers.matches(answer_text(completion), pattern, full=block.match == "full")
 
     return by_row(score)
 
 
 def _thinking(block: blocks.ThinkingReward, cache: Path | None) -> Scorer:
     def score(completion: Any) -> float:
-        answer, reasoning = text_of(completion), reasoning_of(completion)
+        answer, reasoning = answer_text(completion), reasoning_text(completion)
         return verifiers.thinking(answer, reasoning, shortest=block.min or 1, longest=block.max)
 
     return by_row(score)
 
 
 def _json_schema(block: blocks.JsonSchemaReward, cache: Path | None) -> Scorer:
-    verify = json_verifier(block.schema_itself, fenced=block.fenced, where=block.where("against"))
+    verify = json_verifier(block.schema_dict, fenced=block.fenced, where=block.where("against"))
 
     def score(completion: Any) -> float:
-        return verify(text_of(completion))
+        return verify(answer_text(completion))
 
     return by_row(score)
 
 
 def _iou(block: blocks.IouReward, cache: Path | None) -> Scorer:
     def score(completion: Any, expected: Any) -> float:
-        given = [corners(box, block.form) for box in boxes_in(text_of(completion))]
+        given = [corners(box, block.form) for box in boxes_in(answer_text(completion))]
         wanted = [corners(box, block.column_form or block.form) for box in boxes_of(expected)]
         return grounding(given, wanted, threshold=block.threshold)
 
@@ -104,7 +104,7 @@ def _length(block: blocks.LengthReward, cache: Path | None) -> Scorer:
     shortest, longest = block.target or block.min, block.target or block.max
 
     def score(completion: Any, token_ids: Any = ()) -> float:
-        length = len(verifiers.units(text_of(completion), token_ids, block.unit))
+        length = len(verifiers.split_units(answer_text(completion), token_ids, block.unit))
         return verifiers.within_length(length, shortest=shortest, longest=longest, falloff=block.falloff)
 
     return by_row(score, *(["completion_ids"] if block.unit == "tokens" else []))
@@ -112,7 +112,9 @@ def _length(block: blocks.LengthReward, cache: Path | None) -> Scorer:
 
 def _repetition(block: blocks.RepetitionReward, cache: Path | None) -> Scorer:
     def score(completion: Any, token_ids: Any = ()) -> float:
-        return verifiers.repetition(verifiers.units(text_of(completion), token_ids, block.unit), n=block.ngram)
+        return verifiers.repetition(
+            verifiers.split_units(answer_text(completion), token_ids, block.unit), n=block.ngram
+        )
 
     return by_row(score, *(["completion_ids"] if block.unit == "tokens" else []))
 

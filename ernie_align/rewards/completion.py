@@ -11,7 +11,7 @@ OPEN, CLOSE = "<think>", "</think>"
 _RESPONSE = re.compile(r"\s*<response>(.*?)(?:</response>\s*|\Z)", re.DOTALL)  # 21B-Thinking puts its answer in one
 
 
-def message(text: str, *, opened: bool) -> dict[str, Any]:
+def parse_completion(text: str, *, opened: bool) -> dict[str, Any]:
     """Generated text -> an assistant message: content, and reasoning_content where there is reasoning.
 
     opened: the generation prompt ended in an open <think>. Then a text that never closes it is all reasoning, and its
@@ -32,12 +32,12 @@ def _split(text: str, *, opened: bool) -> tuple[str | None, str]:
     return reasoning, before + answer
 
 
-def text_of(completion: Completion) -> str:
+def answer_text(completion: Completion) -> str:
     """The answer alone, never the reasoning: what verifiers judge. Of several messages, the last one's."""
     return _last(completion)["content"]
 
 
-def reasoning_of(completion: Completion) -> str | None:
+def reasoning_text(completion: Completion) -> str | None:
     """The reasoning, or None where there is none. Of several messages, the last one's."""
     return _last(completion).get("reasoning_content")
 
@@ -45,17 +45,17 @@ def reasoning_of(completion: Completion) -> str | None:
 def _last(completion: Completion) -> dict[str, Any]:
     """Plain text closes a thought that its prompt opened, so a lone </think> tells that there was one."""
     if isinstance(completion, str):
-        return message(completion, opened=CLOSE in completion and OPEN not in completion)
+        return parse_completion(completion, opened=CLOSE in completion and OPEN not in completion)
     if not completion:
         return {"content": ""}
     last = completion[-1]
-    content = text_parts(last.get("content"))
+    content = content_text(last.get("content"))
     if last.get("reasoning_content") is None and OPEN in content:
-        return message(content, opened=False)
+        return parse_completion(content, opened=False)
     return {**last, "content": content}
 
 
-def text_parts(content: str | list[dict[str, Any]] | None) -> str:
+def content_text(content: str | list[dict[str, Any]] | None) -> str:
     """The text of a message's content; images and other parts have none."""
     if isinstance(content, list):
         return "".join(part.get("text", "") for part in content if part.get("type") == "text")

@@ -12,8 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from ernie_align.errors import RecipeError
-from ernie_align.recipe.code import Function
-from ernie_align.recipe.rewards import CustomReward
+from ernie_align.recipe.rewards import CustomReward, FunctionSignature
 from ernie_align.rewards.reward import Scorer
 
 
@@ -22,7 +21,7 @@ def custom(block: CustomReward) -> Scorer:
 
     Raises RecipeError at the block's place if its file cannot be run.
     """
-    function, line = _function(block), Function.read(block.path, block.function).line
+    function, line = _function(block), FunctionSignature.read(block.path, block.function).line
 
     def score(prompts: Any, completions: Any, **columns: Any) -> Any:
         return function(prompts=prompts, completions=completions, **{**columns, **block.args})

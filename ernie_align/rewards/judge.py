@@ -15,10 +15,10 @@ from typing import Any
 
 from ernie_align.errors import RecipeError, RunError
 from ernie_align.recipe.rewards import JudgeReward
-from ernie_align.rewards.completion import text_of, text_parts
-from ernie_align.rewards.endpoint import Endpoint, EndpointFailed
+from ernie_align.rewards.chat_client import Endpoint, EndpointFailed
+from ernie_align.rewards.completion import answer_text, content_text
+from ernie_align.rewards.judge_cache import Verdicts, key_of
 from ernie_align.rewards.reward import Scorer, Scores, place_of
-from ernie_align.rewards.verdicts import Verdicts, key_of
 
 _INSTRUCTIONS = """\
 You grade the answer of an assistant by a rubric.
@@ -115,7 +115,7 @@ class Judge:
 
     def _request(self, prompt: Any, completion: Any, reference: Any, pictures: Any) -> dict[str, Any]:
         block = self._block
-        parts = {"Question": _conversation(prompt), "Reference": str(reference), "Answer": text_of(completion)}
+        parts = {"Question": _conversation(prompt), "Reference": str(reference), "Answer": answer_text(completion)}
         # of the material's own hash: no answer can hold the tag that would end it
         fence = "material-" + hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:12]
         shown = [f"{name}:\n<{fence}>\n{part}\n</{fence}>" for name, part in parts.items() if part or name == "Answer"]
@@ -145,7 +145,7 @@ def score_in(reply: str, low: float, high: float) -> float | None:
 def _conversation(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
-    return "\n\n".join(f"{turn['role']}: {text_parts(turn.get('content'))}" for turn in prompt)
+    return "\n\n".join(f"{turn['role']}: {content_text(turn.get('content'))}" for turn in prompt)
 
 
 def _images(prompt: Any, pictures: Any) -> Iterator[dict[str, Any]]:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 
-def advantages(
+def compute_advantages(
     rewards: Tensor,
     groups: Tensor,
     domains: Sequence[str],
     *,
-    how: Literal["per_domain", "group", "none"],
+    normalize: Literal["per_domain", "group", "none"],
     eps: float = 1e-4,
 ) -> Tensor:
     """How much better than its siblings each completion is.
@@ -31,9 +31,9 @@ def advantages(
     in one domain, so the domain's mean cancels. Standard deviations are unbiased (n - 1), and 0 for a single reward.
     """
     mean, std = _moments(rewards, groups)
-    if how == "none":
+    if normalize == "none":
         return (rewards - mean).nan_to_num(nan=0.0)
-    if how == "per_domain":
+    if normalize == "per_domain":
         names = {name: number for number, name in enumerate(dict.fromkeys(domains))}
         _, std = _moments(rewards, torch.tensor([names[name] for name in domains], device=rewards.device))
     return ((rewards - mean) / (std + eps)).nan_to_num(nan=0.0)

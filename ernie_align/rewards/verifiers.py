@@ -62,16 +62,16 @@ def within_length(length: int, *, shortest: int | None, longest: int | None, fal
     return 1.0
 
 
-def repetition(units: Sequence, *, n: int) -> float:
+def repetition(split_units: Sequence, *, n: int) -> float:
     """(distinct n-grams / n-grams) - 1, in (-1, 0]; 0 for a text of less than two of them.
 
     The n-gram penalty of Yeo et al. (2025), Demystifying Long Chain-of-Thought Reasoning in LLMs, arXiv:2502.03373,
     as one score of the whole text.
     """
-    grams = [tuple(units[start : start + n]) for start in range(len(units) - n + 1)]
+    grams = [tuple(split_units[start : start + n]) for start in range(len(split_units) - n + 1)]
     return len(set(grams)) / len(grams) - 1 if grams else 0.0
 
 
-def units(answer: str, token_ids: Sequence[int], unit: str) -> Sequence:
+def split_units(answer: str, token_ids: Sequence[int], unit: str) -> Sequence:
     """What length and repetition count: tokens of the whole completion, or characters or words of the answer."""
     return token_ids if unit == "tokens" else answer.split() if unit == "words" else answer.strip()

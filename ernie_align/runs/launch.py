@@ -19,7 +19,7 @@ PROFILES = Path(__file__).parent / "profiles"  # recipes/accelerate is a link to
 # A folder, in which each process writes a file by its number on this machine: its id, and at its end its exit code. One
 # that is started anew writes over what the one before it said.
 ENDINGS = "ERNIE_ALIGN_ENDINGS"
-STOPPED = 75  # by a signal, and saved
+EXIT_STOPPED = 75  # by a signal, and saved
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # what ends a process that does not hear it
 
 
@@ -88,7 +88,7 @@ def launch(profile: str, processes: int | None, arguments: Sequence[str], launch
         said = {code for _, code in _endings(folder)}
     if asked:  # the launcher may end the last of them while it says goodbye; unasked, it ends them where one died
         said.discard("")
-    if said == {str(STOPPED)} or (code and len(said) == 1 and said != {""}):
+    if said == {str(EXIT_STOPPED)} or (code and len(said) == 1 and said != {""}):
         return int(said.pop())
     return code if code >= 0 else 128 - code
 
@@ -99,7 +99,7 @@ def _endings(folder: str) -> list[tuple[str, str]]:
     return [(words[0], words[1] if len(words) > 1 else "") for words in told if words]
 
 
-def tell_launcher(code: int | None = None) -> int | None:
+def report_exit_code(code: int | None = None) -> int | None:
     """In a process that `launch` began, whoever else stands between: that it is there, and at its end its exit code.
 
     Returns the one to exit with: 0 of a process that was stopped, where torch's agent would start it anew.
@@ -110,4 +110,4 @@ def tell_launcher(code: int | None = None) -> int | None:
     told = str(os.getpid()) if code is None else f"{os.getpid()} {code}"
     (Path(folder) / os.environ.get("LOCAL_RANK", "0")).write_text(told)
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    return 0 if code == STOPPED and restarts else code
+    return 0 if code == EXIT_STOPPED and restarts else code

@@ -14,13 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from transformers import TrainerCallback
+
 from ernie_align.errors import ModelError, RunError
+from ernie_align.models.routing import ModalityTokens, moe_mm_token_type_ids
+from ernie_align.models.routing_stats import find_expert_pools
 from ernie_align.recipe import Recipe, to_yaml
 from ernie_align.runs.train import run
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import TrainerCallback
+
 
 # bfloat16 keeps 8 bits: a rounding of 0.4 %, most of which cancels over a batch. Ten times that is no rounding
 DRIFT = 0.05  # of the loss, or of 1 where the loss is smaller
@@ -42,7 +47,7 @@ class Check:
 
 
 def selfcheck(
-    recipe: Recipe, *, steps: int = 4, processes: int | None = None, say: Callable[[str], None] = lambda line: None
+    recipe: Recipe, *, steps: int = 4, processes: int | None = None, log: Callable[[str], None] = lambda line: None
 ) -> list[Check]:
     """Take a few steps of the recipe several ways and compare them. run.dir is not touched: all is done in a temporary
     folder (of TMPDIR), which must have room for two checkpoints and is removed.
@@ -57,7 +62,7 @@ def selfcheck(
     if processes is None:
         processes = max(1, torch.accelerator.device_count() if torch.accelerator.is_available() else 1)
     with tempfile.TemporaryDirectory(prefix="ernie-align-") as folder:
-        return _Selfcheck(recipe, steps, processes, Path(folder), say).checks()
+        return _Selfcheck(recipe, steps, processes, Path(folder), log).checks()
 
 
 @dataclass(frozen=True)
@@ -66,14 +71,14 @@ class _Selfcheck:
     steps: int
     processes: int
     folder: Path
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     def checks(self) -> list[Check]:
-        from ernie_align.runs.routed import RoutedCounter
+        from ernie_align.runs.selfcheck import VisionTokenCounter
 
         whole = self.folder / "whole"
-        counter = RoutedCounter()
-        self.say(f"{self.steps} steps, with a checkpoint after {self.steps // 2}")
+        counter = VisionTokenCounter()
+        self.log(f"{self.steps} steps, with a checkpoint after {self.steps // 2}")
         try:
             self._run(whole, counter)
         except ModelError as error:
@@ -87,7 +92,7 @@ class _Selfcheck:
 
     def _resume(self, whole: Path) -> Check:
         """The second half again, from the checkpoint in the middle."""
-        self.say(f"resumed after {self.steps // 2} of them")
+        self.log(f"resumed after {self.steps // 2} of them")
         again, middle = self.folder / "again", f"checkpoint-{self.steps // 2}"
         shutil.copytree(whole, again, ignore=shutil.ignore_patterns("final", "checkpoint-*"))
         (whole / middle).rename(again / middle)
@@ -97,7 +102,7 @@ class _Selfcheck:
         return self._bit_equal("resume", whole, again, "stopped and resumed, or not")
 
     def _repeat(self, whole: Path) -> Check:
-        self.say("all of them again, with the same seed")
+        self.log("all of them again, with the same seed")
         twice = self.folder / "twice"
         self._run(twice, training={**self._training, "save_strategy": "no"})
         return self._bit_equal("repeat", whole, twice, "run twice")
@@ -108,7 +113,7 @@ class _Selfcheck:
             return Check("precision", "not applicable", "rollouts of two precisions are other texts")
         exact = self.recipe.model.dtype == "float32" and not any(self._mixed.values())
         dtype = "bfloat16" if exact else "float32"
-        self.say(f"all of them in {dtype}")
+        self.log(f"all of them in {dtype}")
         other = self.folder / "other"
         training = {**self._training, **dict.fromkeys(self._mixed, False), "bf16": exact, "save_strategy": "no"}
         try:
@@ -133,10 +138,10 @@ class _Selfcheck:
             return Check(name, "not applicable", "each process draws rollouts of its own")
         one, all_ = self.folder / "one", self.folder / "all"
         accumulation = self.recipe.training.get("gradient_accumulation_steps") or 1
-        self.say(f"the batches of {count} processes in one")
+        self.log(f"the batches of {count} processes in one")
         training = {**self._training, "save_strategy": "no"}
         self._run(one, training={**training, "gradient_accumulation_steps": count * accumulation})
-        self.say(f"the same in {count} processes")
+        self.log(f"the same in {count} processes")
         written = self.folder / "all.yaml"
         written.write_text(to_yaml(self._recipe(all_)), encoding="utf-8")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
@@ -212,10 +217,10 @@ class _Silent:
     def progress(self) -> list[TrainerCallback]:
         return [self.callback] if self.callback is not None else []
 
-    def say(self, *told: Any) -> None:
+    def log(self, *told: Any) -> None:
         pass
 
-    coverage = sources = preview = certificate = say
+    parameter_summary = sources = preview = text_parity = log
 
 
 def _losses(run_dir: Path) -> list[float]:
@@ -247,3 +252,64 @@ def _tensors(one: Path, other: Path) -> Iterator[tuple[Tensor, Tensor]]:
         with safe_open(file, "pt") as first, safe_open(other / file.name, "pt") as second:
             for name in first.keys():  # noqa: SIM118 (it is no mapping)
                 yield first.get_tensor(name), second.get_tensor(name)
+
+
+class VisionTokenCounter(TrainerCallback):
+    """Counts at the backbone's door, by input_ids, and at the door of each pool of vision experts.
+
+    Only while a forward lasts: with gradient checkpointing the pools are entered again on the way back.
+    """
+
+    def __init__(self) -> None:
+        self.has_pools = False
+        self.forwards = self.tokens = 0
+        self.reached: dict[str, int] = {}
+        self._inside = False
+        self._handles: list[Any] = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        blocks = {name: block for name, block in find_expert_pools(model).items() if name.endswith("vision_moe")}
+        self.has_pools = bool(blocks)
+        if not blocks:
+            return
+        modality = ModalityTokens.from_config(model.config)
+        backbone = model.get_submodule(next(iter(blocks)).partition(".language_model.")[0])
+
+        def enter(module: Any, given: tuple, named: dict[str, Any]) -> None:
+            ids = named.get("input_ids", given[0] if given else None)
+            self._inside = ids is not None
+            if self._inside:
+                self.forwards += 1
+                self.tokens += int(moe_mm_token_type_ids(ids, modality).sum())
+
+        def leave(*_: Any) -> None:
+            self._inside = False
+
+        def reach(name: str):
+            def count(block: Any, given: tuple) -> None:
+                if self._inside:
+                    self.reached[name] += given[0].numel() // block.hidden_dim
+
+            return count
+
+        self._handles.append(backbone.register_forward_pre_hook(enter, with_kwargs=True))
+        self._handles.append(backbone.register_forward_hook(leave))
+        for name, block in blocks.items():
+            self.reached[name] = 0
+            self._handles.append(block.register_forward_pre_hook(reach(name)))
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def verdict(self) -> tuple[Literal["pass", "fail", "not applicable"], str]:
+        """What was found, and in words."""
+        if not self.has_pools:
+            return "not applicable", "a model with one pool of experts, or none"
+        if not self.tokens:
+            return "not applicable", "no image in the rows of these steps"
+        for name, count in self.reached.items():
+            if count != self.tokens:
+                return "fail", f"{self.tokens} vision tokens, of which {count} reached {name}"
+        what = f"{self.tokens} vision tokens in {self.forwards} forwards, all of which reached the vision experts"
+        return "pass", f"{what} of each of {len(self.reached)} layers"

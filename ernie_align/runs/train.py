@@ -7,49 +7,56 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ernie_align.data.load import SourceCount
-from ernie_align.data.preview import Stretch, as_text, preview
-from ernie_align.models.certificate import TextLogits, text_logits
+from ernie_align.checkpoints import flush_to_disk, write_manifest
+from ernie_align.data.load import SourceStats
+from ernie_align.data.preview import TokenSpan, format_preview, preview_example
+from ernie_align.models.distributed.layout import ParallelLayout
 from ernie_align.models.load import Bundle, load_model
 from ernie_align.models.pixels import pixel_backend
-from ernie_align.models.scopes import Coverage, coverage
-from ernie_align.models.seal import flush, seal
-from ernie_align.models.sharding import Parallel
+from ernie_align.models.text_parity import TextProbe, probe_text
+from ernie_align.models.trainable_parts import ParameterSummary, parameter_summary
 from ernie_align.recipe import Recipe
-from ernie_align.runs.begin import begin_together, where_to_go_on
-from ernie_align.runs.directory import RunDirectory
-from ernie_align.runs.launched import asked_for, first_reads, prepare_processes, prepare_zero, prove_processes
-from ernie_align.runs.pace import examples_a_step, pace, repeated
-from ernie_align.runs.processes import Processes, begin_processes, timeout_of
-from ernie_align.runs.setup import Setup, prepare_data, set_up
-from ernie_align.stages import Batches
+from ernie_align.runs.batch_size import examples_per_step, repeated_examples, training_summary
+from ernie_align.runs.distributed import (
+    RankGroup,
+    check_world,
+    collective_timeout,
+    configure_deepspeed,
+    configure_launch,
+    init_distributed_state,
+    rank0_loading_enabled,
+    requested_sharding,
+)
+from ernie_align.runs.prepare import Setup, prepare_data, set_up
+from ernie_align.runs.run_dir import RunDirectory, begin_together, latest_checkpoint
+from ernie_align.stages import Datasets
 from ernie_align.stages.base import inherited_defaults
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from ernie_align.runs.stopping import Signals, StopAtStepEnd
+    from ernie_align.runs.callbacks.graceful_stop import GracefulStop, Signals
 
 
 class Reporter(Protocol):
     """Who tells the user what happens."""
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """One line."""
 
-    def coverage(self, table: Coverage) -> None:
+    def parameter_summary(self, table: ParameterSummary) -> None:
         """What is trained."""
 
-    def sources(self, counts: list[SourceCount]) -> None:
+    def sources(self, counts: list[SourceStats]) -> None:
         """What became of the rows."""
 
-    def preview(self, parts: dict[str, list[Stretch]]) -> None:
+    def preview_example(self, parts: dict[str, list[TokenSpan]]) -> None:
         """One example as the model will see it."""
 
     def progress(self) -> list[TrainerCallback]:
         """Callbacks that show training as it goes."""
 
-    def certificate(self, probe: TextLogits, unchanged: bool) -> None:
+    def text_parity(self, probe: TextProbe, unchanged: bool) -> None:
         """Whether text is answered as before, bit for bit."""
 
 
@@ -67,7 +74,9 @@ class RunResult:
     text_unchanged: bool | None = None
 
 
-def run(recipe: Recipe, *, resume: bool = False, parallel: Parallel | None = None, reporter: Reporter) -> RunResult:
+def run(
+    recipe: Recipe, *, resume: bool = False, parallel: ParallelLayout | None = None, reporter: Reporter
+) -> RunResult:
     """Train what the recipe says, into `run.dir`.
 
     resume: go on from the newest whole checkpoint in run.dir, or begin if there is none; a finished run stays as it is;
@@ -75,17 +84,17 @@ def run(recipe: Recipe, *, resume: bool = False, parallel: Parallel | None = Non
     Raises the AlignError that fits, Interrupted where a signal stopped it; whatever ends the run, its whole checkpoints
     stay.
     """
-    from ernie_align.runs.stopping import listening
+    from ernie_align.runs.callbacks.graceful_stop import handle_signals
 
-    state = begin_processes(recipe)
+    state = init_distributed_state(recipe)
     directory = RunDirectory(recipe.run.dir, where=recipe.run.where("dir"))
     setup = set_up(recipe)
     recipe = setup.recipe
     adapters = getattr(recipe, "adapter", None) is not None
     where = recipe.model.where("name")
-    prepare_processes(
+    configure_launch(
         state,
-        setup.anatomy,
+        setup.architecture,
         stage=recipe.stage,
         adapters=adapters,
         where=where,
@@ -93,13 +102,13 @@ def run(recipe: Recipe, *, resume: bool = False, parallel: Parallel | None = Non
         beforehand=setup.stage.beforehand(recipe),
     )
     config = setup.stage.configure(recipe, recipe.run.dir)  # what TRL refuses is refused before anything is made
-    prepare_zero(config, setup.anatomy, recipe.stage)
-    with listening(directory) as signals:
+    configure_deepspeed(config, setup.architecture, recipe.stage)
+    with handle_signals(directory) as signals:
         try:
-            processes = Processes(timeout_of(recipe))
+            processes = RankGroup(collective_timeout(recipe))
             begin_together(directory, recipe, config, reporter, resume=resume, parallel=parallel, processes=processes)
             if directory.final.exists():
-                reporter.say(f"{directory.path} is finished already")
+                reporter.log(f"{directory.path} is finished already")
                 return RunResult(directory.path, directory.final, {}, directory.facts().get("text_unchanged"))
             how = {"resume": resume, "parallel": parallel, "processes": processes, "signals": signals}
             return _train(setup, config, directory, reporter, **how)
@@ -114,60 +123,60 @@ def _train(
     reporter: Reporter,
     *,
     resume: bool,
-    parallel: Parallel | None,
-    processes: Processes,
+    parallel: ParallelLayout | None,
+    processes: RankGroup,
     signals: Signals,
 ) -> RunResult:
     from transformers import PrinterCallback
 
-    from ernie_align.runs.endings import explained
-    from ernie_align.runs.keep import peak_memory
-    from ernie_align.runs.stopping import NothingLeft, StopAtStepEnd
+    from ernie_align.runs.callbacks.checkpointer import peak_memory
+    from ernie_align.runs.callbacks.graceful_stop import GracefulStop, NothingLeft
+    from ernie_align.runs.failures import explain_failures
 
     recipe, is_main = setup.recipe, processes.is_first
     for note in setup.notes:
-        reporter.say(note)
+        reporter.log(note)
     for key, value in inherited_defaults(recipe).items():
-        reporter.say(f"training.{key} is not set: {value}")
-    if setup.anatomy.has_vision:
-        reporter.say(f"images become pixels by {pixel_backend()}")
-    reporter.coverage(setup.coverage)
+        reporter.log(f"training.{key} is not set: {value}")
+    if setup.architecture.has_vision:
+        reporter.log(f"images become pixels by {pixel_backend()}")
+    reporter.parameter_summary(setup.parameter_summary)
 
     data = prepare_data(setup, cache=directory.cache if is_main else None)
-    example = preview(data.first(), setup.renderer)
+    example = preview_example(data.first(), setup.renderer)
     reporter.sources(data.counts)
     reporter.preview(example)
     unseen = sum(count.without_images for count in data.counts[: len(recipe.data.train)])
-    if setup.coverage.leaves_text_alone and unseen:
-        reporter.say(f"{unseen} training examples show no image: nothing in scope learns from them")
+    if setup.parameter_summary.trains_only_vision and unseen:
+        reporter.log(f"{unseen} training examples show no image: nothing in scope learns from them")
     layout = setup.stage.layout(recipe, None if recipe.data.streaming else data.train["length"][:])
     for line in layout:
-        reporter.say(line)
+        reporter.log(line)
     if is_main:
         if layout:
             directory.note(layout=layout)
-        directory.write("coverage.json", [asdict(row) for row in setup.coverage.rows])
+        directory.write("coverage.json", [asdict(row) for row in setup.parameter_summary.rows])
         directory.write("data.json", [asdict(count) for count in data.counts])
-        directory.write("preview.txt", as_text(example))
+        directory.write("preview.txt", format_preview(example))
 
-    checkpoint = where_to_go_on(directory, reporter, processes) if resume else None
+    checkpoint = latest_checkpoint(directory, reporter, processes) if resume else None
     why = setup.stage.beforehand(recipe)
-    if why and asked_for() == "FSDP":
-        reporter.say(f"every process reads the whole model: {why}")
-    bundle = _load(setup, checkpoint, parallel)
-    batches = Batches(data.train, data.eval, data.row_name, setup.renderer, data.beside)
-    stop = StopAtStepEnd(directory, signals, processes)
+    if why and requested_sharding() == "FSDP":
+        reporter.log(f"every process reads the whole model: {why}")
+    bundle = load_for_training(setup, checkpoint, parallel)
+    batches = Datasets(data.train, data.eval, data.row_name, setup.renderer, data.beside)
+    stop = GracefulStop(directory, signals, processes)
     callbacks = _callbacks(directory, bundle, recipe, reporter, stop)
     trainer = stop.trainer = setup.stage.build_trainer(recipe, config, bundle, batches, callbacks)
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict
-    reporter.say(prove_processes(trainer.accelerator, trainer.model))
+    reporter.log(check_world(trainer.accelerator, trainer.model))
     kind = "packs" if recipe.training.get("packing") else "examples"
-    reporter.say(pace(config, f"{examples_a_step(config, parallel)} {kind}"))
-    again = repeated(config, parallel, trainer.train_dataset)
+    reporter.log(training_summary(config, f"{examples_per_step(config, parallel)} {kind}"))
+    again = repeated_examples(config, parallel, trainer.train_dataset)
     if again:
-        reporter.say(f"the last batches of an epoch see {again} examples again, so that all processes have as many")
+        reporter.log(f"the last batches of an epoch see {again} examples again, so that all processes have as many")
     probe = _first_text_logits(setup, bundle, directory, processes)
-    with explained(directory, trainer, processes):
+    with explain_failures(directory, trainer, processes):
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except NothingLeft:
@@ -179,7 +188,7 @@ def _train(
     if probe is not None:
         # accelerate has wrapped the forward in autocast: like is compared with like
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        unchanged = _certify(probe, text_logits(bundle), reporter)
+        unchanged = _certify(probe, probe_text(bundle), reporter)
 
     partial = directory.path / "final.partial"
     trainer.save_model(str(partial))
@@ -187,18 +196,18 @@ def _train(
     if is_main:
         (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle of Trainer's; run.dir says it all in text
         bundle.save_processor(str(partial))
-        seal(partial)
+        write_manifest(partial)
         directory.write("data.json", [asdict(count) for count in data.counts])  # a stream is counted only now
         directory.note(text_unchanged=unchanged, metrics=metrics, peak_memory_gb=peak_memory())
         partial.replace(directory.final)
-        flush(directory.path)
+        flush_to_disk(directory.path)
         directory.finish()
     processes.wait()
-    reporter.say(f"finished: {directory.final}")
+    reporter.log(f"finished: {directory.final}")
     return RunResult(directory.path, directory.final, metrics, unchanged)
 
 
-def _load(setup: Setup, checkpoint: Path | None, parallel: Parallel | None = None) -> Bundle:
+def load_for_training(setup: Setup, checkpoint: Path | None, parallel: ParallelLayout | None = None) -> Bundle:
     from transformers import set_seed
 
     block = setup.recipe.model
@@ -214,62 +223,60 @@ def _load(setup: Setup, checkpoint: Path | None, parallel: Parallel | None = Non
         weights=str(checkpoint) if holds_model else None,
         parallel=parallel,
         adapters=getattr(setup.recipe, "adapter", None) is not None,
-        first_reads=first_reads(),
+        first_reads=rank0_loading_enabled(),
     )
     set_seed(setup.recipe.run.seed)  # a fresh adapter is drawn at random
     trained = setup.stage.wrap(setup.recipe, bundle)
-    if coverage(bundle.anatomy, trained) != setup.coverage:
+    if parameter_summary(bundle.architecture, trained) != setup.parameter_summary:
         raise AssertionError("the loaded model trains something else than was shown")
     return bundle
 
 
 def _callbacks(
-    directory: RunDirectory, bundle: Bundle, recipe: Recipe, reporter: Reporter, stop: StopAtStepEnd
+    directory: RunDirectory, bundle: Bundle, recipe: Recipe, reporter: Reporter, stop: GracefulStop
 ) -> list[TrainerCallback]:
     """The order matters: a stop asks for a checkpoint, for which there must be room, and then room for the next."""
-    from ernie_align.runs.clock import StepClock
-    from ernie_align.runs.keep import CheckpointKeeper, MetricsKeeper
-    from ernie_align.runs.space import SpaceKeeper
+    from ernie_align.runs.callbacks.checkpointer import Checkpointer, MetricsWriter
+    from ernie_align.runs.callbacks.disk_space import DiskSpaceGuard
+    from ernie_align.runs.callbacks.speed_monitor import SpeedMonitor
 
-    clock = StepClock(reporter.say)
-    keeper = CheckpointKeeper(directory, bundle, recipe.training.get("save_total_limit"))
+    clock = SpeedMonitor(reporter.log)
+    keeper = Checkpointer(directory, bundle, recipe.training.get("save_total_limit"))
     if not stop.processes.is_first:
         return [stop, keeper]
     return [
         *reporter.progress(),
-        MetricsKeeper(directory, clock),
+        MetricsWriter(directory, clock),
         stop,
         keeper,
-        SpaceKeeper(directory, reporter.say),
+        DiskSpaceGuard(directory, reporter.log),
         clock,
     ]
 
 
-def _first_text_logits(
-    setup: Setup, bundle: Bundle, directory: RunDirectory, processes: Processes
-) -> TextLogits | None:
+def _first_text_logits(setup: Setup, bundle: Bundle, directory: RunDirectory, processes: RankGroup) -> TextProbe | None:
     """Where nothing is trained that text touches: what the model said to text when the run began.
 
     Taken once the trainer has put the model on its device; a resumed run goes by what its first start kept.
     """
-    if not (setup.anatomy.has_vision and setup.coverage.leaves_text_alone):
+    if not (setup.architecture.has_vision and setup.parameter_summary.trains_only_vision):
         return None
     kept = directory.facts().get("text_logits")
     if kept is not None:
-        return TextLogits(**kept)
-    if first_reads():  # and the others have no weights yet
-        probe = processes.of_first(text_logits(bundle) if processes.is_first else None)
+        return TextProbe(**kept)
+    if rank0_loading_enabled():  # and the others have no weights yet
+        probe = processes.of_first(probe_text(bundle) if processes.is_first else None)
     else:
-        probe = text_logits(bundle)
+        probe = probe_text(bundle)
     if processes.is_first:
         directory.note(text_logits=asdict(probe))
     return probe
 
 
-def _certify(before: TextLogits, after: TextLogits, reporter: Reporter) -> bool | None:
+def _certify(before: TextProbe, after: TextProbe, reporter: Reporter) -> bool | None:
     if before.machine != after.machine:
-        reporter.say(f"no certificate: the run began on {before.machine} and ended on {after.machine}")
+        reporter.log(f"no certificate: the run began on {before.machine} and ended on {after.machine}")
         return None
     unchanged = before.digest == after.digest
-    reporter.certificate(before, unchanged)
+    reporter.text_parity(before, unchanged)
     return unchanged

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
     from ernie_align.data.load import Encoder
     from ernie_align.data.render import Renderer
-    from ernie_align.models.anatomy import Anatomy, Tensor
+    from ernie_align.models.architecture import Architecture, ParameterSpec
     from ernie_align.models.load import Bundle
-    from ernie_align.models.scopes import Target
+    from ernie_align.models.trainable_parts import Target
 
 # TRL keys that a recipe sets elsewhere, or that would break what this toolkit promises, and where to go instead.
-OWNED_BY_EVERY_STAGE: Mapping[str, str] = {
+RESERVED_BY_EVERY_STAGE: Mapping[str, str] = {
     "output_dir": "set run.dir",
     "seed": "set run.seed",
     "data_seed": "set run.seed: it orders the data too",
@@ -52,14 +52,14 @@ OWNED_BY_EVERY_STAGE: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Beside:
+class ExtraSources:
     """Rows that a stage reads beside data.train and data.eval, and the way from one of them to examples."""
 
     sources: list[SourceBlock]
     encode: Encoder
 
 
-def nothing_beside(recipe: Recipe, renderer: Renderer) -> dict[str, Beside]:
+def nothing_beside(recipe: Recipe, renderer: Renderer) -> dict[str, ExtraSources]:
     """Of a stage that reads its training and evaluation rows alone."""
     return {}
 
@@ -69,7 +69,7 @@ def one_row_each(recipe: Recipe, lengths: list[int] | None) -> list[str]:
     return []
 
 
-def nothing_to_try(recipe: Recipe, anatomy: Anatomy, example: dict[str, Any]) -> list[str]:
+def nothing_to_try(recipe: Recipe, architecture: Architecture, example: dict[str, Any]) -> list[str]:
     """Of a stage of which the coverage, the rows and one example say everything."""
     return []
 
@@ -80,7 +80,7 @@ def nothing_beforehand(recipe: Recipe) -> str:
 
 
 @dataclass(frozen=True)
-class Batches:
+class Datasets:
     """What a trainer reads.
 
     row_name: (source, row) -> the name of the row behind an example; renderer: what the rows were rendered by; beside:
@@ -113,18 +113,18 @@ class Stage:
     name: str
     help: str
     recipe: type[Recipe]
-    scope: Callable[[Any, Anatomy], list[Target] | list[Tensor]]
-    wrap: Callable[[Any, Bundle], list[Target] | list[Tensor]]
+    scope: Callable[[Any, Architecture], list[Target] | list[ParameterSpec]]
+    wrap: Callable[[Any, Bundle], list[Target] | list[ParameterSpec]]
     configure: Callable[[Any, str], Any]
     encode: Callable[[Any, Renderer], Encoder]
-    build_trainer: Callable[[Any, Any, Bundle, Batches, list[TrainerCallback]], Trainer]
-    beside: Callable[[Any, Renderer], dict[str, Beside]] = nothing_beside
-    tried: Callable[[Any, Anatomy, dict[str, Any]], list[str]] = nothing_to_try
+    build_trainer: Callable[[Any, Any, Bundle, Datasets, list[TrainerCallback]], Trainer]
+    beside: Callable[[Any, Renderer], dict[str, ExtraSources]] = nothing_beside
+    tried: Callable[[Any, Architecture, dict[str, Any]], list[str]] = nothing_to_try
     layout: Callable[[Any, list[int] | None], list[str]] = one_row_each
     beforehand: Callable[[Any], str] = nothing_beforehand
 
 
-def judge_padding(training: Mapping[str, Any], *, flat: bool = False) -> None:
+def validate_padding(training: Mapping[str, Any], *, flat: bool = False) -> None:
     """Of training.pad_to_multiple_of, which TRL takes as a number, as its text, `auto` or `none`. Raises a fault where
     it is no number to pad to, or, with `flat`, where no row is padded."""
     multiple = training.get("pad_to_multiple_of")

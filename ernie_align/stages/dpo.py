@@ -11,9 +11,9 @@ from pydantic import BaseModel, Field, model_validator
 from ernie_align.data.pairs import PairCollator, PairEncoder, SharedPromptCollator
 from ernie_align.recipe import Block
 from ernie_align.recipe.schema import fault
-from ernie_align.stages.base import OWNED_BY_EVERY_STAGE, Batches, Stage, judge_padding, trl_config
-from ernie_align.stages.policy import PolicyRecipe, frozen_model, scope, stored_reference, wrap
-from ernie_align.stages.upstream import DPO_CONFIG, training_model
+from ernie_align.stages.base import RESERVED_BY_EVERY_STAGE, Datasets, Stage, trl_config, validate_padding
+from ernie_align.stages.reference import PolicyRecipe, load_reference_model, precomputed_reference, scope, wrap
+from ernie_align.stages.trl_keys import DPO_CONFIG, training_model
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
@@ -37,7 +37,7 @@ _WITHOUT_REFERENCE = frozenset({"simpo", "sft"})
 _NORMALIZED_ALREADY = frozenset({"simpo", "ipo", "sigmoid_norm", "sft"})
 
 _OWNED = {
-    **OWNED_BY_EVERY_STAGE,
+    **RESERVED_BY_EVERY_STAGE,
     **{key: f"set dpo.{key}" for key in (*_TRL_LOSS_KEYS, "loss_type", "loss_weights")},
     "precompute_ref_log_probs": "set dpo.reference: precomputed",
     "padding_free": "drop it: rows without padding would see one another in this model",
@@ -147,7 +147,7 @@ class DpoRecipe(PolicyRecipe):
         return training_model(DPO_CONFIG, frozenset(_OWNED))
 
     @classmethod
-    def owned_training_keys(cls) -> Mapping[str, str]:
+    def reserved_training_keys(cls) -> Mapping[str, str]:
         """See Recipe."""
         return _OWNED
 
@@ -164,7 +164,7 @@ class DpoRecipe(PolicyRecipe):
 
     @model_validator(mode="after")
     def _rows_are_padded_to_a_multiple(self) -> DpoRecipe:
-        judge_padding(self.training)
+        validate_padding(self.training)
         return self
 
     @model_validator(mode="after")
@@ -236,7 +236,7 @@ def _build_trainer(
     recipe: DpoRecipe,
     config: DPOConfig,
     bundle: Bundle,
-    batches: Batches,
+    batches: Datasets,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
     from ernie_align.stages.dpo_trainer import PreferenceTrainer
@@ -245,10 +245,10 @@ def _build_trainer(
     collator = SharedPromptCollator if block.shared_prompt else PairCollator
     stored = None
     if block.reference == "precomputed" and not block.reference_free:
-        stored = stored_reference(recipe, bundle, Path(config.output_dir), depends_on=f"ld_alpha {block.ld_alpha}")
+        stored = precomputed_reference(recipe, bundle, Path(config.output_dir), depends_on=f"ld_alpha {block.ld_alpha}")
     return PreferenceTrainer(
         model=bundle.model,
-        ref_model=frozen_model(recipe, bundle) if _has_own_reference(recipe) else None,
+        ref_model=load_reference_model(recipe, bundle) if _has_own_reference(recipe) else None,
         args=config,
         data_collator=collator(
             bundle.tokenizer.pad_token_id,
@@ -261,11 +261,11 @@ def _build_trainer(
         processing_class=bundle.processor,
         callbacks=callbacks,
         row_name=batches.row_name,
-        keeps_adapter=recipe.keeps_adapter,
+        continues_adapter=recipe.continues_adapter,
         reference_free=block.reference_free,
         length_normalize=block.length_normalize,
         sft_weight=block.sft_weight,
-        own_losses=_own_losses(block),
+        extra_losses=_own_losses(block),
         stored=stored,
     )
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, create_model, model_validator
 
-from ernie_align.data.collate import Collator, FlatCollator, RowEncoder
-from ernie_align.data.packing import WINDOW, best_fit_decreasing, pack, pack_stream, padding
+from ernie_align.data.collate import Collator, PaddingFreeCollator, RowEncoder
+from ernie_align.data.packing import WINDOW, best_fit_decreasing, pack, pack_stream, padding_fraction
 from ernie_align.errors import RecipeError
-from ernie_align.models.adapters import attach, unfreeze
-from ernie_align.models.scopes import adapter_targets, tuned_tensors
+from ernie_align.models.adapters import attach_adapter, unfreeze
+from ernie_align.models.trainable_parts import adapter_targets, tuned_parameters
 from ernie_align.recipe import AdapterBlock, Recipe, TuneBlock
 from ernie_align.recipe.schema import fault
-from ernie_align.stages.base import OWNED_BY_EVERY_STAGE, Batches, Stage, judge_padding, trl_config
-from ernie_align.stages.upstream import SFT_CONFIG, training_model
+from ernie_align.stages.base import RESERVED_BY_EVERY_STAGE, Datasets, Stage, trl_config, validate_padding
+from ernie_align.stages.trl_keys import SFT_CONFIG, training_model
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ernie_align.models.load import Bundle
 
 _OWNED = {
-    **OWNED_BY_EVERY_STAGE,
+    **RESERVED_BY_EVERY_STAGE,
     "completion_only_loss": "drop it: answers are trained, and a turn with label 0 is not",
     "assistant_only_loss": "drop it: answers are trained, and a turn with label 0 is not",
     "eval_packing": "drop it: held-out rows are never packed, and with packing or padding_free they are not padded",
@@ -43,7 +43,7 @@ class _Supervised(Recipe):
     @classmethod
     def training_model(cls) -> type[BaseModel]:
         """See Recipe."""
-        return _training_model(frozenset(cls.owned_training_keys()))
+        return _training_model(frozenset(cls.reserved_training_keys()))
 
     @model_validator(mode="after")
     def _a_strategy_has_packs(self) -> _Supervised:
@@ -53,7 +53,7 @@ class _Supervised(Recipe):
 
     @model_validator(mode="after")
     def _rows_are_padded_to_a_multiple(self) -> _Supervised:
-        judge_padding(self.training, flat=is_flat(self))
+        validate_padding(self.training, flat=is_flat(self))
         return self
 
 
@@ -70,10 +70,12 @@ class SftRecipe(_Supervised):
     stage: Literal["sft"]
     tune: TuneBlock = Field(default_factory=TuneBlock)
 
-    elsewhere: ClassVar[Mapping[str, str]] = {"adapter": "adapters are trained by stage: lora; here write tune:"}
+    keys_of_other_stages: ClassVar[Mapping[str, str]] = {
+        "adapter": "adapters are trained by stage: lora; here write tune:"
+    }
 
     @classmethod
-    def owned_training_keys(cls) -> Mapping[str, str]:
+    def reserved_training_keys(cls) -> Mapping[str, str]:
         """See Recipe."""
         return _OWNED_BY_SFT
 
@@ -84,10 +86,12 @@ class LoraRecipe(_Supervised):
     stage: Literal["lora"]
     adapter: AdapterBlock
 
-    elsewhere: ClassVar[Mapping[str, str]] = {"tune": "weights are trained by stage: sft; here write adapter:"}
+    keys_of_other_stages: ClassVar[Mapping[str, str]] = {
+        "tune": "weights are trained by stage: sft; here write adapter:"
+    }
 
     @classmethod
-    def owned_training_keys(cls) -> Mapping[str, str]:
+    def reserved_training_keys(cls) -> Mapping[str, str]:
         """See Recipe."""
         return _OWNED
 
@@ -115,16 +119,16 @@ def _build_trainer(
     recipe: SftRecipe | LoraRecipe,
     config: SFTConfig,
     bundle: Bundle,
-    batches: Batches,
+    batches: Datasets,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
-    from ernie_align.models.documents import attend_by_document
+    from ernie_align.models.packed_attention import use_per_document_attention
     from ernie_align.stages.sft_trainer import SupervisedTrainer
 
     train, images = batches.train, {"image_processor": bundle.image_processor, "row_name": batches.row_name}
     if is_flat(recipe):
-        collator: Any = FlatCollator(batches.train, **images)
-        attend_by_document(bundle.model)
+        collator: Any = PaddingFreeCollator(batches.train, **images)
+        use_per_document_attention(bundle.model)
     else:
         collator = Collator(bundle.tokenizer.pad_token_id, pad_to_multiple_of=config.pad_to_multiple_of, **images)
     if recipe.training.get("packing"):
@@ -159,13 +163,13 @@ def _layout(recipe: SftRecipe | LoraRecipe, lengths: list[int] | None) -> list[s
     size = recipe.training.get("per_device_train_batch_size") or 8
     seed, capacity = recipe.run.seed, recipe.data.max_length
     if not recipe.training.get("packing"):
-        spared = f"; padded, they would be {padding(lengths, size, seed=seed):.1%} padding" if lengths else ""
+        spared = f"; padded, they would be {padding_fraction(lengths, size, seed=seed):.1%} padding" if lengths else ""
         return [f"padding_free: the {size} rows of a batch are laid end to end{spared}"]
     if lengths is None:
         return [f"packing: the stream is packed {WINDOW} rows at a time, into packs of up to {capacity} tokens"]
     packs = len(best_fit_decreasing(lengths, capacity, seed=seed))
     rows = max(1, round(size * len(lengths) / packs))
-    full, spared = sum(lengths) / (packs * capacity), padding(lengths, rows, seed=seed)
+    full, spared = sum(lengths) / (packs * capacity), padding_fraction(lengths, rows, seed=seed)
     return [
         f"packing: {len(lengths):,} rows in {packs:,} packs of up to {capacity} tokens, {full:.1%} full; "
         f"a batch of {size} packs holds about {rows} rows, and padded these would be {spared:.1%} padding"
@@ -176,7 +180,7 @@ SFT = Stage(
     name="sft",
     help="Full fine-tuning of the parts that tune.scopes names.",
     recipe=SftRecipe,
-    scope=lambda recipe, anatomy: tuned_tensors(anatomy, recipe.tune),
+    scope=lambda recipe, architecture: tuned_parameters(architecture, recipe.tune),
     wrap=lambda recipe, bundle: unfreeze(bundle, recipe.tune),
     configure=_configure,
     encode=_encode,
@@ -187,8 +191,8 @@ LORA = Stage(
     name="lora",
     help="LoRA adapters on the parts that adapter.scopes names.",
     recipe=LoraRecipe,
-    scope=lambda recipe, anatomy: adapter_targets(anatomy, recipe.adapter),
-    wrap=lambda recipe, bundle: attach(bundle, recipe.adapter),
+    scope=lambda recipe, architecture: adapter_targets(architecture, recipe.adapter),
+    wrap=lambda recipe, bundle: attach_adapter(bundle, recipe.adapter),
     configure=_configure,
     encode=_encode,
     build_trainer=_build_trainer,

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from trl import SFTTrainer
 
-from ernie_align.data.render import IGNORED
-from ernie_align.models.seal import beside
-from ernie_align.models.vision_once import ImagesOnce, backbone_of, vision_is_frozen
-from ernie_align.stages.evaluated import Means, fresh_rows
-from ernie_align.stages.head import scoring_labels
-from ernie_align.stages.sharded import ShardedTrainer
-from ernie_align.stages.watch import Watch
+from ernie_align.checkpoints import partial_checkpoint
+from ernie_align.data.render import IGNORE_INDEX
+from ernie_align.models.image_cache import ImageFeatureCache, find_backbone, is_vision_frozen
+from ernie_align.stages.eval_metrics import WeightedMeans, count_non_padding_rows
+from ernie_align.stages.fused_head import fused_head_forward
+from ernie_align.stages.sharded_checkpoint import ShardedTrainer
+from ernie_align.stages.trainer import TrainingMonitor
 
 
 class SupervisedTrainer(ShardedTrainer, SFTTrainer):
@@ -26,30 +26,30 @@ class SupervisedTrainer(ShardedTrainer, SFTTrainer):
 
     def __init__(self, *args: Any, row_name: Callable[[int, int], str], **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.spread_adapters()
-        self.watch = Watch(self.model, row_name)
+        self.shard_adapters()
+        self.watch = TrainingMonitor(self.model, row_name)
         # The VL class says accepts_loss_kwargs=False, which would average the means of micro-batches: with it, four
         # micro-batches of one row weigh their tokens unlike one batch of four rows.
         self.model_accepts_loss_kwargs = True
-        self.vision_is_frozen = vision_is_frozen(self.model)
-        self._means = Means()  # of the evaluation so far
+        self.vision_is_frozen = is_vision_frozen(self.model)
+        self._means = WeightedMeans()  # of the evaluation so far
 
     def _send_telemetry(self) -> None:
         """Nothing is sent: a run reaches only the hub ids that its recipe names."""
 
     def _get_output_dir(self, trial: Any) -> str:
         """Checkpoints are written beside the whole ones, and named once they are whole (runs.keep)."""
-        return str(beside(super()._get_output_dir(trial)))
+        return str(partial_checkpoint(super()._get_output_dir(trial)))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss of a batch, with the routing and the number watched."""
         vision_tokens = self.watch.take(inputs)
         if not self.model.training:
-            inputs["labels"][fresh_rows(self.accelerator, len(inputs["labels"])) :] = IGNORED
+            inputs["labels"][count_non_padding_rows(self.accelerator, len(inputs["labels"])) :] = IGNORE_INDEX
         inner = self.accelerator.unwrap_model(self.model)
-        scoring = scoring_labels(model, backbone_of(inner))
+        scoring = fused_head_forward(model, find_backbone(inner))
         # without it, checkpointing sends a backward, and a second forward, through a tower that learns nothing
-        images = ImagesOnce(frozen=True).shown(inner) if self.vision_is_frozen else nullcontext()
+        images = ImageFeatureCache(frozen=True).shown(inner) if self.vision_is_frozen else nullcontext()
         right = torch.zeros(())
 
         def scored(**given: Any) -> Any:
@@ -63,10 +63,10 @@ class SupervisedTrainer(ShardedTrainer, SFTTrainer):
             result = super().compute_loss(scored, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         self.watch.finite(loss.detach(), "loss", self.state.global_step + 1)
-        loss = self.watch.anchored(loss, self.model)
+        loss = self.watch.attach_to_graph(loss, self.model)
         if not self.model.training:
             self._count_evaluated(loss.item(), right.item(), inputs["labels"])
-            self.watch.step_done()
+            self.watch.end_step()
         return (loss, *result[1:]) if return_outputs else loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -76,7 +76,7 @@ class SupervisedTrainer(ShardedTrainer, SFTTrainer):
         return norm
 
     def _count_evaluated(self, loss: float, right: float, labels: torch.Tensor) -> None:
-        tokens = (labels[:, 1:] != IGNORED).sum().item()
+        tokens = (labels[:, 1:] != IGNORE_INDEX).sum().item()
         self._means.add("loss", loss, tokens)
         self._means.add("mean_token_accuracy", right / max(tokens, 1), tokens)
 

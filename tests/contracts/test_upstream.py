@@ -12,7 +12,7 @@ import re
 import pytest
 import torch
 
-from ernie_align.models.files import CheckpointFiles
+from ernie_align.models.checkpoint_files import CheckpointFiles
 
 
 @pytest.mark.parametrize("name", ["SFT", "DPO", "GRPO"])
@@ -20,20 +20,20 @@ def test_the_keys_read_from_the_source_are_those_of_trls_config(name):
     """stages.upstream reads them without importing TRL."""
     import trl
 
-    from ernie_align.stages import upstream
+    from ernie_align.stages import trl_keys
 
     real = {field.name for field in dataclasses.fields(getattr(trl, f"{name}Config")) if field.init}
-    told = set(upstream.training_model(getattr(upstream, f"{name}_CONFIG")).model_fields)
+    told = set(trl_keys.training_model(getattr(trl_keys, f"{name}_CONFIG")).model_fields)
     assert told <= real | {"local_rank"} and real - told <= set(), real ^ told
 
 
 def test_every_key_that_is_set_elsewhere_is_a_key():
     from ernie_align.stages import STAGES
-    from ernie_align.stages.upstream import DPO_CONFIG, GRPO_CONFIG, SFT_CONFIG, training_model
+    from ernie_align.stages.trl_keys import DPO_CONFIG, GRPO_CONFIG, SFT_CONFIG, training_model
 
     keys = {key for config in (SFT_CONFIG, DPO_CONFIG, GRPO_CONFIG) for key in training_model(config).model_fields}
     for stage in STAGES.values():
-        assert set(stage.recipe.owned_training_keys()) <= keys
+        assert set(stage.recipe.reserved_training_keys()) <= keys
 
 
 def test_private_methods_that_are_overridden_or_called():
@@ -80,7 +80,7 @@ def test_what_the_rollout_trainers_override_or_call():
     assert "self.eos_token_ids" in drawing
     assert "_step" in inspect.getsource(GRPOTrainer.training_step)
     # defaults by which a recipe is judged without importing TRL
-    from ernie_align.stages.upo_recipe import _DEFAULTS
+    from ernie_align.stages.upo.recipe import _DEFAULTS
 
     fields = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
     for key, value in _DEFAULTS.items():
@@ -143,7 +143,7 @@ def test_where_trainer_writes_checkpoints_and_whom_it_tells():
 
     from ernie_align.stages.dpo_trainer import PreferenceTrainer
     from ernie_align.stages.sft_trainer import SupervisedTrainer
-    from ernie_align.stages.upo_forwards import WatchedTrainer
+    from ernie_align.stages.upo.forwards import WatchedTrainer
 
     assert list(inspect.signature(Trainer._get_output_dir).parameters) == ["self", "trial"]
     assert list(inspect.signature(Trainer._save_checkpoint).parameters) == ["self", "model", "trial"]
@@ -275,11 +275,11 @@ def test_transformers_still_misroutes_a_batch_without_the_tensor(checkpoints):
     """models.modality derives it; when this fails the backbone does so itself."""
     from transformers import Ernie4_5_VLMoeForConditionalGeneration
 
-    from ernie_align.models.routing import count_routed_tokens, pool_blocks
+    from ernie_align.models.routing_stats import count_routed_tokens, find_expert_pools
 
     model = Ernie4_5_VLMoeForConditionalGeneration.from_pretrained(checkpoints["vl_moe"])
     ids = torch.tensor([[3, model.config.image_start_token_id, model.config.image_end_token_id, 5]])
-    with count_routed_tokens(pool_blocks(model)) as seen, torch.no_grad():
+    with count_routed_tokens(find_expert_pools(model)) as seen, torch.no_grad():
         model(input_ids=ids)
     assert set(seen.vision.values()) == {0}
 
@@ -324,15 +324,15 @@ def test_the_defaults_in_the_anatomy_are_the_classes():
     """For keys that a config.json leaves out."""
     import transformers
 
-    from ernie_align.models import anatomy
+    from ernie_align.models import architecture
 
     text = transformers.Ernie4_5_VLMoeConfig().text_config
     moe, dense = transformers.Ernie4_5_MoeConfig(), transformers.Ernie4_5Config()
     vision = transformers.Ernie4_5_VLMoeConfig().vision_config
-    for name, value in anatomy._TEXT_DEFAULTS.items():
+    for name, value in architecture._TEXT_DEFAULTS.items():
         assert value in {getattr(text, name, value), getattr(moe, name)}
-    assert all(getattr(dense, name) == value for name, value in anatomy._DENSE_DEFAULTS.items())
-    assert all(getattr(vision, name) == value for name, value in anatomy._VISION_DEFAULTS.items())
+    assert all(getattr(dense, name) == value for name, value in architecture._DENSE_DEFAULTS.items())
+    assert all(getattr(vision, name) == value for name, value in architecture._VISION_DEFAULTS.items())
 
 
 @pytest.mark.parametrize("name", ["save_total_limit", "save_strategy", "save_steps", "dataset_num_proc"])
@@ -348,7 +348,7 @@ def test_the_door_that_expert_adapters_go_through():
     from peft.tuners import lora
     from peft.tuners.tuners_utils import BaseTuner
 
-    from ernie_align.models.experts import ParamWrapper
+    from ernie_align.models.expert_lora import ParamWrapper
 
     config = LoraConfig()
     config._register_custom_module({torch.nn.Module: ParamWrapper})
@@ -403,7 +403,7 @@ def test_experts_can_be_dealt_out_before_the_rest_is_spread():
 
 
 def test_the_language_model_passes_the_routing_tensor_on_untouched():
-    """models.dispatch hands rows down in its place; tests/test_dispatch.py proves that they arrive."""
+    """models.dispatch hands rows down in its place; tests/model/test_token_dispatch.py proves that they arrive."""
     from transformers.models.ernie4_5_vl_moe import modeling_ernie4_5_vl_moe as module
 
     source = inspect.getsource(module.Ernie4_5_VLMoeTextModel.forward)
@@ -445,7 +445,7 @@ def test_the_backbone_takes_embeddings_beside_ids_and_images_seen_already():
 
 
 def test_accelerate_still_takes_fsdp_for_ddp_without_an_accelerator():
-    """runs.launched refuses it; tests/scale_cases.py says that there is one."""
+    """runs.launched refuses it; tests/support/multi_process.py says that there is one."""
     from accelerate.state import AcceleratorState
 
     source = inspect.getsource(AcceleratorState.__init__)

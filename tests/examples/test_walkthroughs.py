@@ -15,8 +15,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.conftest import ROOT
-from tests.test_examples import stumbles
+from tests.support.notebooks import stumbles
+from tests.support.runs import ROOT
 
 pytestmark = pytest.mark.examples
 NOTEBOOKS = sorted(path.name for path in (ROOT / "examples").glob("*.ipynb"))

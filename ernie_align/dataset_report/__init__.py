@@ -1,0 +1,6 @@
+"""Every row of a recipe's sources read, measured and judged, without a model."""
+
+from ernie_align.dataset_report.inspect_sources import DatasetReport, SourceSpec, inspect_sources
+from ernie_align.dataset_report.source_report import Histogram, SourceReport
+
+__all__ = ["DatasetReport", "Histogram", "SourceReport", "SourceSpec", "inspect_sources"]

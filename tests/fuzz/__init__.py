@@ -1,1 +1,0 @@
-"""What hostile recipes and rows are made of."""

@@ -1,0 +1,140 @@
+"""Which pool a token goes to follows from its id, for whoever calls; and a run in which it does not is stopped."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from ernie_align.errors import ModelError
+from ernie_align.models.load import load_model
+from ernie_align.models.routing import ModalityTokens, derive_token_types, mm_token_type_ids, moe_mm_token_type_ids
+from ernie_align.models.routing_stats import check_routing, count_routed_tokens, find_expert_pools
+from tests.support.runs import batch_with_images
+
+TOKENS = ModalityTokens(image=7, image_start=8, image_end=9, video=10, video_start=11, video_end=12)
+
+
+@pytest.fixture
+def bundle(checkpoints):
+    return load_model(str(checkpoints["vl_moe"]), dtype="float32")
+
+
+@pytest.fixture
+def batch(bundle, digits):
+    return batch_with_images(bundle, digits)
+
+
+def forward(model, batch, **more):
+    inputs = {key: value for key, value in batch.items() if key not in ("vision_tokens", "labels")}
+    with torch.no_grad():
+        return model(**inputs, **more, use_cache=False).logits
+
+
+def test_types_by_hand():
+    ids = torch.tensor([[1, 8, 7, 7, 9, 2], [11, 10, 12, 5, 0, 0]])
+    assert moe_mm_token_type_ids(ids, TOKENS).tolist() == [[0, 1, 1, 1, 1, 0], [2, 2, 2, 0, 0, 0]]
+    assert mm_token_type_ids(ids, TOKENS).tolist() == [[0, 0, 1, 1, 0, 0], [0, 2, 0, 0, 0, 0]]
+
+
+def test_whatever_the_caller_passes_the_ids_decide(bundle, batch):
+    """Missing, stale, of a wrong shape: three upstream traps, one answer."""
+    right = forward(bundle.model, batch)
+    stale = torch.zeros_like(batch["input_ids"])
+    assert torch.equal(forward(bundle.model, batch, moe_mm_token_type_ids=stale), right)
+    assert torch.equal(forward(bundle.model, batch, moe_mm_token_type_ids=stale[:, :3], mm_token_type_ids=stale), right)
+    bare = copy.deepcopy(bundle.model)
+    bare.model._forward_pre_hooks.clear()
+    without = forward(bare, batch, mm_token_type_ids=mm_token_type_ids(batch["input_ids"], bundle.modality))
+    assert not torch.allclose(without, right)
+
+
+def test_the_derived_routing_is_the_processors(bundle, batch):
+    """transformers' own tensor, handed over by hand to a model without the hook, gives the same logits bit for bit."""
+    bare = copy.deepcopy(bundle.model)
+    bare.model._forward_pre_hooks.clear()
+    ids, modality = batch["input_ids"], bundle.modality
+    given = {
+        "mm_token_type_ids": mm_token_type_ids(ids, modality),
+        "moe_mm_token_type_ids": torch.tensor(bundle.processor.create_moe_mm_token_type_ids(ids.numpy())),
+    }
+    assert torch.equal(forward(bare, batch, **given), forward(bundle.model, batch))
+
+
+def test_copies_and_adapters_route_too(bundle, batch):
+    """A reference model is a copy of the policy; a policy is often a PeftModel."""
+    from ernie_align.models.adapters import attach_adapter
+    from ernie_align.recipe import AdapterBlock
+
+    right = forward(bundle.model, batch)
+    twin = copy.deepcopy(bundle.model)
+    assert torch.equal(forward(twin, batch), right)
+    twin.model.config.image_start_token_id = 3  # the copy's hook reads the copy's config
+    assert not torch.equal(forward(twin, batch), right)
+    attach_adapter(bundle, AdapterBlock(scopes=["attention"]))
+    assert torch.equal(forward(bundle.model, batch), right)
+
+
+def test_the_hook_comes_first_and_once(bundle):
+    from ernie_align.models.routing import install_routing
+
+    install_routing(bundle.model.model)
+    assert list(bundle.model.model._forward_pre_hooks.values()).count(derive_token_types) == 1
+
+
+def test_embeddings_without_ids_are_refused(bundle):
+    embeddings = torch.zeros(1, 4, 128)
+    with pytest.raises(ModelError, match="inputs_embeds without input_ids"):
+        bundle.model(inputs_embeds=embeddings)
+    types = torch.zeros(1, 4, dtype=torch.long)
+    assert bundle.model(inputs_embeds=embeddings, moe_mm_token_type_ids=types).logits.shape[:2] == (1, 4)
+
+
+def test_the_counters_see_every_token_in_every_layer(bundle, batch):
+    with count_routed_tokens(find_expert_pools(bundle.model)) as seen:
+        forward(bundle.model, batch)
+    vision, total = int(batch["vision_tokens"]), batch["input_ids"].numel()
+    assert vision == 3 * (4 + 2)
+    assert set(seen.vision.values()) == {vision} and set(seen.text.values()) == {total - vision}
+    assert len(seen.vision) == 3
+    check_routing(seen, vision_tokens=vision, tokens=total)
+    forward(bundle.model, batch)  # counting has ended
+    assert set(seen.vision.values()) == {vision}
+
+
+def test_the_guard_stops_a_model_that_lost_its_routing(bundle, batch):
+    bundle.model.model._forward_pre_hooks.clear()
+    with count_routed_tokens(find_expert_pools(bundle.model)) as seen:
+        forward(bundle.model, batch, mm_token_type_ids=mm_token_type_ids(batch["input_ids"], bundle.modality))
+    with pytest.raises(ModelError, match="18 tokens are vision; 0 reached the vision pool"):
+        check_routing(seen, vision_tokens=int(batch["vision_tokens"]), tokens=batch["input_ids"].numel())
+
+
+def test_a_run_whose_images_go_astray_is_stopped_at_its_first_batch(checkpoints, digits, tmp_path, monkeypatch):
+    """As with a stack that knows where images stand and forgets which experts they belong to."""
+    import ernie_align.models.load
+    from tests.support.runs import recipe_of, run_quietly
+
+    modality = load_model(str(checkpoints["vl_moe"])).modality
+
+    def forgetful(module, args, kwargs):
+        return args, {**kwargs, "mm_token_type_ids": mm_token_type_ids(kwargs["input_ids"], modality)}
+
+    monkeypatch.setattr(
+        ernie_align.models.load,
+        "route_by_input_ids",
+        lambda backbone: backbone.register_forward_pre_hook(forgetful, with_kwargs=True),
+    )
+    recipe = recipe_of("sft", checkpoints["vl_moe"], digits / "inverted_val.jsonl", tmp_path / "run")
+    with pytest.raises(ModelError, match="24 tokens are vision; 0 reached the vision pool"):
+        run_quietly(recipe)
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_generation_routes_every_step(bundle, batch):
+    prompts = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")}
+    with count_routed_tokens(find_expert_pools(bundle.model)) as seen, torch.no_grad():
+        bundle.model.generate(**prompts, max_new_tokens=3, do_sample=False, suppress_tokens=sorted(bundle.modality.ids))
+    assert set(seen.vision.values()) == {int(batch["vision_tokens"])}
+    assert set(seen.text.values()) == {batch["input_ids"].numel() - 18 + 2 * 3}  # two decode steps of three rows
