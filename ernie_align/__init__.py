@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "evaluate": "ernie_align.evaluation",
-    "examine": "ernie_align.runs",
+    "check_data": "ernie_align.runs",
     "export": "ernie_align.exporting",
     "load_model": "ernie_align.models.load",
     "load_recipe": "ernie_align.runs",

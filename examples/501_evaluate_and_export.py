@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from ernie_align import evaluate, export, load_recipe, run
-from ernie_align.report import hush, write_page
+from ernie_align.report import quiet_libraries, write_page
 from ernie_align.tiny import make_checkpoint, make_digits
 
 RUNS = Path("runs/examples")
@@ -50,7 +50,7 @@ def train_what_is_missing() -> None:
 
 def main() -> int:
     """Train, compare, judge, export. Returns the exit code."""
-    hush()
+    quiet_libraries()
     train_what_is_missing()
     out = RUNS / "comparison"
 

@@ -38,7 +38,7 @@ def count_routed_tokens(blocks: dict[str, nn.Module]) -> Iterator[RoutedTokenCou
     def counter(counts: dict[str, int], name: str):
         def count(block: nn.Module, args: tuple) -> None:
             # the block is given (B, T, H) or, selected by modality, (N · H) values
-            if not getattr(block, "is_only_touched", False):  # models.touch
+            if not getattr(block, "is_dummy_forward", False):  # models.touch
                 counts[name] += args[0].numel() // block.hidden_dim
 
         return count

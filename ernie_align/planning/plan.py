@@ -41,7 +41,7 @@ class Plan:
     sizes_from: str
     setting: Workload
     parameter_summary: ParameterSummary
-    estimate_memory: MemoryEstimate
+    memory: MemoryEstimate
     work: Work
     gpu: Gpu
     efficiency: float

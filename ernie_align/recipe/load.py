@@ -197,7 +197,7 @@ def _fault(item: dict[str, Any], path: tuple, document: Document, holder: type[B
         return Fault(document.address(path), context["what"], context["why"], context["fix"])
     where = document.address(path, of_key=kind in ("extra_forbidden", "missing"))
     if kind == "extra_forbidden":
-        home = getattr(holder, "elsewhere", {}).get(key)
+        home = getattr(holder, "keys_of_other_stages", {}).get(key)
         if home:
             return Fault(where, "not a key of this stage", fix=home)
         return Fault(where, "unknown key", fix=_did_you_mean(str(key), holder.model_fields))

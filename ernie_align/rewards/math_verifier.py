@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ernie_align.errors import RunError
 
-_WORKER = Path(__file__).with_name("maths_worker.py")
+_WORKER = Path(__file__).with_name("math_worker.py")
 _GRACE = 4.0  # times the timeout, by the clock: then a comparison that does not heed its timer is ended
 
 

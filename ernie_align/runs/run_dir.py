@@ -255,7 +255,7 @@ def begin_together(
     fault: AlignError | None = None
     if processes.is_first:
         try:
-            _begin(directory, recipe, reporter, resume=resume, examples_a_step=examples_per_step(config, parallel))
+            _begin(directory, recipe, reporter, resume=resume, examples_per_step=examples_per_step(config, parallel))
         except AlignError as error:
             fault = error
     may_begin = processes.of_first(fault is None)

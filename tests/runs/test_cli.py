@@ -130,7 +130,7 @@ def test_every_verb_explains_itself(verb):
 def test_the_public_names():
     from ernie_align import check, check_data, evaluate, export, load_model, load_recipe, plan, run, selfcheck
 
-    names = {"check", "evaluate", "examine", "export", "load_model", "load_recipe", "plan", "run", "selfcheck"}
+    names = {"check", "evaluate", "check_data", "export", "load_model", "load_recipe", "plan", "run", "selfcheck"}
     assert all(
         callable(name) for name in (check, evaluate, check_data, export, load_model, load_recipe, plan, run, selfcheck)
     )

@@ -157,7 +157,7 @@ def test_files_that_pages_name_exist():
 
 def test_the_reference_is_up_to_date():
     """ernie-align schema --markdown > docs/reference/recipe-keys.md"""
-    assert (DOCS / "reference.md").read_text() == reference_page(recipes()) + "\n"
+    assert (DOCS / "reference" / "recipe-keys.md").read_text() == reference_page(recipes()) + "\n"
 
 
 def test_every_key_says_what_it_is():
@@ -178,7 +178,7 @@ def test_every_key_of_every_block_is_on_the_page():
 
 
 def test_a_row_of_each_format_goes_through_the_reader():
-    text = (DOCS / "data.md").read_text()
+    text = (DOCS / "data" / "formats.md").read_text()
     rows = dict(re.findall(r"^### (\w+)\n.*?```json\n(.*?)\n```", text, re.DOTALL | re.MULTILINE))
     assert rows.keys() == FORMAT_COLUMNS.keys()
     for name, written in rows.items():
@@ -189,7 +189,7 @@ def test_a_row_of_each_format_goes_through_the_reader():
 
 
 def test_the_table_of_parts_is_what_the_planner_computes():
-    text = (DOCS / "scopes.md").read_text()
+    text = (DOCS / "train" / "scopes.md").read_text()
     for place, model in enumerate(("0.3b", "21b", "vl_28b")):
         parameter_summary = ernie_align.plan(ROOT / f"recipes/lora/{model}.yaml").parameter_summary
         told = {
@@ -203,7 +203,7 @@ def test_the_table_of_parts_is_what_the_planner_computes():
 
 def test_every_message_under_troubleshooting_is_raised_somewhere():
     source = "\n".join(path.read_text() for path in (ROOT / "ernie_align").rglob("*.py"))
-    text = (DOCS / "troubleshooting.md").read_text()
+    text = (DOCS / "reference" / "troubleshooting.md").read_text()
     tables = text[text.index("## RecipeError") : text.index("## Not an error")]
     first_cells = re.findall(r"^\| ([^|]*) \|", tables, re.MULTILINE)
     messages = [message for cell in first_cells for message in re.findall(r"`([^`]+)`", cell)]
@@ -214,7 +214,7 @@ def test_every_message_under_troubleshooting_is_raised_somewhere():
 
 
 def test_errors_and_exit_codes_are_all_told():
-    text = (DOCS / "troubleshooting.md").read_text()
+    text = (DOCS / "reference" / "troubleshooting.md").read_text()
     from ernie_align import errors
 
     for name, kind in vars(errors).items():

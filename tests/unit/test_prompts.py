@@ -72,7 +72,7 @@ def test_long_prompts_are_dropped_or_lose_their_oldest_exchange(renderers):
         ({"chosen": [ASKED, {"role": "assistant", "content": "a"}], "rejected": [ASKED]}, {}, "a preference row"),
         ({"messages": [{"role": "assistant", "content": "three"}]}, {}, "no question"),
         ({"prompt": [ASKED]}, {"domain_column": "kind"}, "column kind"),
-        ({"prompt": [ASKED]}, {"judged_by": {"exact_match": ("answer",)}}, "exact_match reads answer"),
+        ({"prompt": [ASKED]}, {"reward_columns": {"exact_match": ("answer",)}}, "exact_match reads answer"),
     ],
 )
 def test_rows_that_cannot_be_asked_or_judged_are_refused(renderers, values, options, what):
