@@ -88,7 +88,7 @@ def make_eval_config(
     format: str = "auto",
     media_root: str | None = None,
     limit: int | None = None,
-    requirements: Sequence[str] = (),
+    require: Sequence[str] = (),
     **generation: Any,
 ) -> Plan:
     """A plan in a line: files, names of metrics, and keys of `generation`. Raises RecipeError."""
@@ -100,7 +100,7 @@ def make_eval_config(
             "data": [{"path": file, **{key: value for key, value in shared.items() if value}} for file in files],
             "metrics": [{"name": name} if isinstance(name, str) else dict(name) for name in names],
             "generation": generation,
-            "require": list(requirements),
+            "require": list(require),
         }
     )
 

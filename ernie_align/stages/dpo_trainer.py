@@ -222,7 +222,7 @@ class PreferenceTrainer(ShardedTrainer, DPOTrainer):
         """TRL's log. Of an evaluation, values are means over the pairs or tokens of all processes, each counted once,
         not means over batches of means."""
         if "eval_loss" in logs:
-            means = self._means.over_processes()
+            means = self._means.mean_over_ranks()
             logs["eval_loss"] = means.pop("loss")
             self._metrics["eval"].update({name: [value] for name, value in means.items()})
         super().log(logs, start_time)

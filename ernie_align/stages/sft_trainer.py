@@ -83,7 +83,7 @@ class SupervisedTrainer(ShardedTrainer, SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log. Of an evaluation, loss and accuracy are means over tokens, not means over batches of means."""
         if "eval_loss" in logs:
-            means = self._means.over_processes()
+            means = self._means.mean_over_ranks()
             logs["eval_loss"] = means.pop("loss")
             self._metrics["eval"].update({name: [value] for name, value in means.items()})
         super().log(logs, start_time)

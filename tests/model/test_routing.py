@@ -123,7 +123,7 @@ def test_a_run_whose_images_go_astray_is_stopped_at_its_first_batch(checkpoints,
 
     monkeypatch.setattr(
         ernie_align.models.load,
-        "route_by_input_ids",
+        "install_routing",
         lambda backbone: backbone.register_forward_pre_hook(forgetful, with_kwargs=True),
     )
     recipe = recipe_of("sft", checkpoints["vl_moe"], digits / "inverted_val.jsonl", tmp_path / "run")

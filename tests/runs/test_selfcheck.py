@@ -54,7 +54,7 @@ def test_a_model_that_does_not_route_fails(recipe, monkeypatch):
 
         backbone.register_forward_pre_hook(derive, with_kwargs=True, prepend=True)
 
-    monkeypatch.setattr("ernie_align.models.load.route_by_input_ids", astray)
+    monkeypatch.setattr("ernie_align.models.load.install_routing", astray)
     checks = selfcheck(recipe, steps=2)
     assert [check.verdict for check in checks] == ["fail"] + ["not applicable"] * 4
     assert "reached the vision pool" in checks[0].what
