@@ -244,7 +244,7 @@ def test_what_cannot_be_exported_says_why(checkpoints, adapters, run, tmp_path, 
     for source, options, says in (
         (run, {"to": tmp_path / "here"}, "exists already"),
         (unfinished, {}, "has not finished"),
-        (unfinished / "checkpoint-2", {}, "cut off in mid-write"),
+        (unfinished / "checkpoint-2", {}, "its write was interrupted"),
         (checkpoints["dense"], {"what": "adapter"}, "a model without an adapter"),
         (tmp_path / "here", {}, "holds no config.json"),
         (run, {"push": "nobody"}, "is no repository"),
