@@ -104,7 +104,7 @@ def loss_of(model: Any, batch: dict[str, Any], task: str, arm: str) -> Any:
     images = ImageFeatureCache(frozen=True)
 
     def logps() -> Any:
-        with images.shown(model) if ours else nullcontext():
+        with images.use(model) if ours else nullcontext():
             return scored(**batch, fused_lm_head=True, use_cache=False).log_probs
 
     if task == "sft":

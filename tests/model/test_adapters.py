@@ -136,7 +136,7 @@ def test_an_adapter_can_be_continued_only_with_its_own_scope(checkpoints, tmp_pa
         other = load(checkpoints, "vl_moe")
         with pytest.raises(ModelError, match="the adapter differs from the recipe in"):
             attach_adapter(other, block.model_copy(update={"path": str(tmp_path), **wrong}))
-    with pytest.raises(ModelError, match="holds no adapter"):
+    with pytest.raises(ModelError, match="has no adapter"):
         attach_adapter(load(checkpoints, "vl_moe"), block.model_copy(update={"path": str(tmp_path / "none")}))
 
 

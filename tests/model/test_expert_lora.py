@@ -301,7 +301,7 @@ def test_where_it_cannot_serve_it_says_so_once_and_peft_runs(bundle, batch):
         logits(ours, batch)
     said = [str(warning.message) for warning in said if "expert LoRA" in str(warning.message)]
     assert said == [
-        "expert LoRA takes PEFT's slow path: the experts' kernel is eager, not one of grouped_mm, batched_mm"
+        "expert LoRA uses PEFT's slow path: the experts' kernel is eager, not one of grouped_mm, batched_mm"
     ]
     assert torch.equal(mine, logits(pefts, batch))
 
