@@ -129,8 +129,8 @@ class _LowRankExperts(torch.autograd.Function):
         grad_weights = grad_hidden = None
 
         value = _activate(gate_up)
-        # A row's gradient is its token's gradient times its routing weight w. With w omitted here and multiplied into the
-        # thin products instead, the result is the gradient of y / w, which also gives that of w: <grad, y> =
+        # A row's gradient is its token's gradient times its routing weight w. With w omitted here and multiplied into
+        # the thin products instead, the result is the gradient of y / w, which also gives that of w: <grad, y> =
         # <grad·W, activated>. So y need not be kept, and the wide gradient need not be multiplied.
         w = _gather_weights(top_k_weights, rows)
         grad_y = _gather_tokens(grad.to(value.dtype), rows)

@@ -50,8 +50,10 @@ class ImageFeatureCache:
 
     @contextmanager
     def use(self, model: nn.Module, *, times: int = 1) -> Iterator[None]:
-        """Within the context, a forward of `model` takes pixel_values and image_grid_thw of n images for rows that hold
-        `times` · n: all of them in order, then all of them again."""
+        """Within the context, serve the images of a forward of `model` from this cache.
+
+        times: the rows contain all images of pixel_values and image_grid_thw in order, this many times over.
+        """
 
         def encode(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
             if kwargs.get("pixel_values") is None:
@@ -70,7 +72,7 @@ class ImageFeatureCache:
         finally:
             handle.remove()
 
-    def _encoded(self, backbone: nn.Module, pixel_values: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
+    def _encode(self, backbone: nn.Module, pixel_values: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
         """Return the features of each image, (tokens, H)."""
         if self._cached is not None and _same(self._cached[0], pixel_values) and _same(self._cached[1], grid):
             return self._cached[2]

@@ -68,7 +68,7 @@ def dummy_vision_forward(
     patch = tower.patch_embed
     pixels = torch.zeros(side * side, patch.in_channels * patch.patch_size**2, device=device)
     # A frozen tower encodes images without gradient (models.image_cache). Embeddings made to require gradients for
-    # checkpointing would cause a backward pass through the tower on this rank alone, with gathers that others do not do.
+    # checkpointing would cause a backward pass through the tower on this rank alone, and gathers that hang.
     with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(tower, resampler)):
         output = backbone.get_image_features(pixels, torch.tensor([[1, side, side]], device=device), return_dict=True)
     output.pooler_output = tuple(tokens[:0] for tokens in output.pooler_output)
@@ -128,7 +128,7 @@ def find_dummy_vision_backbone(model: nn.Module) -> nn.Module | None:
 
 
 def any_rank_saw_images(backbone: nn.Module) -> bool:
-    """Return True if any rank has had an image in a forward with gradients since the last call. Call it on all ranks."""
+    """Return True if any rank had an image in a forward with gradients since the last call. Call it on all ranks."""
     seen = torch.tensor(int(backbone.saw_images), device=next(backbone.parameters()).device)
     torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
     backbone.saw_images = False
