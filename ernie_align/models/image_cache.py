@@ -66,11 +66,8 @@ class ImageFeatureCache:
             kwargs["image_grid_thw"] = grid.repeat(times, 1)
             return args, kwargs
 
-        handle = find_backbone(model).register_forward_pre_hook(encode, with_kwargs=True)
-        try:
+        with find_backbone(model).register_forward_pre_hook(encode, with_kwargs=True):
             yield
-        finally:
-            handle.remove()
 
     def _encode(self, backbone: nn.Module, pixel_values: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
         """Return the features of each image, (tokens, H)."""
@@ -112,14 +109,12 @@ def deduplicate_images(model: nn.Module) -> Iterator[None]:
         distinct = features.split((sizes.prod(dim=-1) // tower.spatial_merge_size**2).tolist())
         return torch.cat([distinct[index] for index in order])
 
-    handles = [tower.register_forward_pre_hook(pass_distinct)]
-    handles.append(resampler.register_forward_pre_hook(pass_distinct_sizes))
-    handles.append(resampler.register_forward_hook(return_all))
-    try:
+    with (
+        tower.register_forward_pre_hook(pass_distinct),
+        resampler.register_forward_pre_hook(pass_distinct_sizes),
+        resampler.register_forward_hook(return_all),
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _same(cached: Tensor, current: Tensor) -> bool:

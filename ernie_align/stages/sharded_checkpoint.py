@@ -1,8 +1,8 @@
 """Checkpoints of sharded models, which any number of ranks can load.
 
 A checkpoint contains the model or adapter in the layout of a single process. With sharded weights (FSDP2, expert
-parallelism) it also has a folder `sharded`: trained weights and optimizer states by name, where each rank writes its own
-shards and none holds all of them. Any number of ranks loads it, including one.
+parallelism) it also has a folder `sharded`: trained weights and optimizer states by name, where each rank writes its
+own shards and none holds all of them. Any number of ranks loads it, including one.
 """
 
 from __future__ import annotations
