@@ -10,7 +10,7 @@ from ernie_align.models.adapters import adapted_tensors, attach_adapter, unfreez
 from ernie_align.models.load import load_model
 from ernie_align.models.trainable_parts import Target, adapter_targets, parameter_summary
 from ernie_align.recipe import ADAPTABLE, AdapterBlock, PartAdapter, TuneBlock
-from tests.support.runs import FAMILIES, stir
+from tests.support.runs import FAMILIES, relative_difference, stir
 
 EVERY_PART = [(family, part) for family in FAMILIES for part in ADAPTABLE]
 
@@ -113,9 +113,9 @@ def test_an_adapter_saves_and_loads_in_plain_peft_with_equal_logits(checkpoints,
     if family == "dense":
         assert torch.equal(logits(plain, ids), ours)
     # W + BA summed in float32 before x is multiplied, instead of x·W + x·A·B (in plain PEFT for experts, merged for all
-    # weights): the same number up to rounding, at logits of about 1
-    assert torch.allclose(logits(plain, ids), ours, atol=1e-5)
-    assert torch.allclose(logits(plain.merge_and_unload(), ids), ours, atol=1e-5)
+    # weights): the same numbers up to some tens of float32 roundings, each relative to the largest logit
+    assert relative_difference(logits(plain, ids), ours) <= 1e-5
+    assert relative_difference(logits(plain.merge_and_unload(), ids), ours) <= 1e-5
 
 
 def test_an_adapter_can_be_continued_only_with_its_own_scope(checkpoints, tmp_path):
