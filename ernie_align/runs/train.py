@@ -129,7 +129,7 @@ def _prepare_data(setup: Setup, run_dir: RunDirectory, reporter: Reporter, ranks
 def _callbacks(
     run_dir: RunDirectory, bundle: Bundle, recipe: Recipe, reporter: Reporter, stop: GracefulStop
 ) -> list[TrainerCallback]:
-    """Return the callbacks in order: a stop requests a checkpoint, which needs disk space; the next one does as well."""
+    """Return the callbacks. Their order matters: a stop requests a checkpoint, for which disk space is checked next."""
     from ernie_align.runs.callbacks.checkpointer import Checkpointer
     from ernie_align.runs.callbacks.disk_space import DiskSpaceGuard
     from ernie_align.runs.callbacks.speed_monitor import MetricsWriter, SpeedMonitor

@@ -123,7 +123,7 @@ def test_a_full_disk_is_noticed_before_the_old_checkpoint_is_removed(recipe_in, 
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
 
     recipe = recipe_in(tmp_path / "run", save_total_limit=1)
-    reporter = Reporter(At(3, nearly_full))
+    reporter = RecordingReporter(At(3, nearly_full))
     with pytest.raises(RunError) as caught:
         run(load_recipe(recipe), reporter=reporter)
     error = str(caught.value)

@@ -23,7 +23,7 @@ from typing import Any
 
 from ernie_align.models.distributed.layout import ParallelLayout
 from tests.support.processes import Ranks, import_all
-from tests.support.runs import ROOT, stopped_after, logged, recipe_of, run_quietly, write_rows
+from tests.support.runs import ROOT, logged, recipe_of, run_quietly, stopped_after, write_rows
 
 BATCH = 4  # examples of a step, over all ranks
 GENERATIONS = 4
