@@ -190,7 +190,7 @@ def load_for_training(setup: Setup, checkpoint: Path | None = None, parallel: Pa
         weights=str(checkpoint) if holds_model else None,
         parallel=parallel,
         adapters=getattr(setup.recipe, "adapter", None) is not None,
-        first_reads=rank0_loading_enabled(),
+        rank0_loading=rank0_loading_enabled(),
     )
     set_seed(setup.recipe.run.seed)  # a new adapter is initialized at random
     trained = setup.stage.prepare_model(setup.recipe, bundle)

@@ -215,7 +215,7 @@ def test_several_adapters_on_one_model(bundle, batch):
 def test_every_way_in_of_the_toolkit_is_grouped(bundle, checkpoints, tmp_path):
     """A fresh adapter, a continued one, and one that is only loaded."""
     family = bundle.architecture.family
-    parts = [part for part in bundle.architecture.parts if part.endswith("_experts") and part != "shared_experts"]
+    parts = [part for part in bundle.architecture.by_part if part.endswith("_experts") and part != "shared_experts"]
     block = AdapterBlock(scopes={part: PartAdapter(rank=2 + i) for i, part in enumerate(parts)}, rank=4)
     attach_adapter(bundle, block)
     bundle.model.save_pretrained(tmp_path)
@@ -301,7 +301,7 @@ def test_where_it_cannot_serve_it_says_so_once_and_peft_runs(bundle, batch):
         logits(ours, batch)
     said = [str(warning.message) for warning in said if "expert LoRA" in str(warning.message)]
     assert said == [
-        "expert LoRA takes PEFT's slow path: the experts' kernel is eager, not one of grouped_mm, batched_mm"
+        "expert LoRA uses PEFT's slow path: the experts' kernel is eager, not one of grouped_mm, batched_mm"
     ]
     assert torch.equal(mine, logits(pefts, batch))
 

@@ -153,7 +153,7 @@ def test_features_are_those_of_images_that_are_shown_twice(trained, checkpoints,
     found = []
     for inputs, context in (
         (twice, nullcontext()),
-        (once, ImageFeatureCache(frozen=not trained).shown(model, times=2)),
+        (once, ImageFeatureCache(frozen=not trained).use(model, times=2)),
     ):
         model.zero_grad()
         with context:
@@ -177,7 +177,7 @@ def test_no_image_is_taken_for_another(checkpoints, digits):
     with torch.no_grad():
         plain = [bundle.model(**inputs, use_cache=False).logits for inputs in (batch, other, batch)]
         for inputs, expected in zip((batch, other, batch), plain, strict=True):
-            with images.shown(bundle.model):
+            with images.use(bundle.model):
                 assert torch.equal(bundle.model(**inputs, use_cache=False).logits, expected)
         assert torch.equal(bundle.model(**other, use_cache=False).logits, plain[1])
     assert not torch.equal(plain[0], plain[1])
@@ -200,7 +200,7 @@ def test_an_image_that_comes_again_is_encoded_once(checkpoints, digits):
     patches_seen.register_forward_pre_hook(lambda module, args: asked.append(len(args[0]) // 16))
     with torch.no_grad():
         plain = bundle.model(**again, use_cache=False).logits
-        with ImageFeatureCache(frozen=True).shown(bundle.model):
+        with ImageFeatureCache(frozen=True).use(bundle.model):
             once = bundle.model(**again, use_cache=False).logits
         with deduplicate_images(bundle.model):
             hooked = bundle.model(**again, use_cache=False).logits

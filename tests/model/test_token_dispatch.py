@@ -1,4 +1,4 @@
-"""Dispatch by rows is transformers' block, bit for bit, in whatever way the model is used."""
+"""Token dispatch is bit-equal to transformers' block, however the model is used."""
 
 from __future__ import annotations
 
@@ -112,10 +112,10 @@ def test_a_block_alone_takes_the_tensor_too(bundle, stock):
 
 
 def test_rows_by_hand():
-    rows = ExpertIndices.of(torch.tensor([[0, 1, 0], [2, 0, 0]]))
-    assert rows.text.tolist() == [0, 2, 4, 5] and rows.vision.tolist() == [1, 3]
-    assert torch.cat([rows.text, rows.vision])[rows.place].tolist() == [0, 1, 2, 3, 4, 5]
-    assert ExpertIndices.of(torch.zeros(2, 3)) is None and ExpertIndices.of(None) is None
+    indices = ExpertIndices.from_token_types(torch.tensor([[0, 1, 0], [2, 0, 0]]))
+    assert indices.text.tolist() == [0, 2, 4, 5] and indices.vision.tolist() == [1, 3]
+    assert torch.cat([indices.text, indices.vision])[indices.inverse].tolist() == [0, 1, 2, 3, 4, 5]
+    assert ExpertIndices.from_token_types(torch.zeros(2, 3)) is None and ExpertIndices.from_token_types(None) is None
 
 
 class Searches(TorchDispatchMode):

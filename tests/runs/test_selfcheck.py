@@ -56,7 +56,7 @@ def test_a_model_that_does_not_route_fails(recipe):
 
     checks = selfcheck(recipe, steps=2, callbacks=[At(0, to_text_experts, "on_train_begin")])
     assert [check.verdict for check in checks] == ["fail"] + ["not applicable"] * 4
-    assert "reached the vision pool" in checks[0].what
+    assert "reached the vision experts" in checks[0].what
 
 
 class Noise(TrainerCallback):
