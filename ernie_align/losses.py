@@ -103,7 +103,7 @@ def dpop(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, l
 def clipped_policy(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, *, low: float, high: float
 ) -> Tensor:
-    """PPO's clipped policy loss: (B, T) log-probs under the policy and when sampled, (B,) advantages, (B, T) mask -> ().
+    """PPO's clipped policy loss: (B, T) log-probs now and when sampled, (B,) advantages, (B, T) mask -> ().
 
     mean over tokens of -min(r · A, clip(r, 1 - low, 1 + high) · A), r = π / π_old
     Schulman et al. (2017), Proximal Policy Optimization, eq. 7, https://arxiv.org/abs/1707.06347; separate bounds and

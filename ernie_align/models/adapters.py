@@ -51,7 +51,6 @@ def attach_adapter(bundle: Bundle, block: AdapterBlock) -> list[Target]:
     from peft import get_peft_model
     from safetensors import SafetensorError
 
-    from ernie_align.models.distributed.rank0_loading import materialize_trainable
     from ernie_align.models.expert_lora import load_adapter, sort_target_modules
 
     targets = adapter_targets(bundle.architecture, block)
@@ -70,7 +69,10 @@ def attach_adapter(bundle: Bundle, block: AdapterBlock) -> list[Target]:
         except (OSError, ValueError, SafetensorError) as error:
             what = f"no adapter could be loaded from {block.path}: {str(error).splitlines()[0]}"
             raise ModelError.at(block.where("path"), what) from error
-    materialize_trainable(bundle.model)
+    if any(weight.is_meta for weight in bundle.model.parameters()):
+        from ernie_align.models.distributed.rank0_loading import materialize_trainable
+
+        materialize_trainable(bundle.model)
     validate_adapter(bundle.model, targets, where=block.where("path" if block.path else "scopes"))
     return targets
 

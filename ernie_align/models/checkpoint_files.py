@@ -115,7 +115,7 @@ class CheckpointFiles:
         return tokenizer
 
     def fingerprint(self, adapter: str | None = None) -> str:
-        """Hash the weights, and those in the folder of an adapter: SHA-256 of the files, or the commit of a hub model."""
+        """Hash the weights (SHA-256 of the files, or the commit of a hub model), and those in an adapter's folder."""
         digest = hashlib.sha256()
         folders = [Path(adapter)] if adapter else []
         if self.is_folder:

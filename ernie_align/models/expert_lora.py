@@ -64,9 +64,7 @@ def load_adapter(model: nn.Module, path: str, *, is_trainable: bool = False, rev
         mismatched = [line.strip() for line in lines if "size mismatch for" in line]
         what = f"{len(mismatched)} tensors have another shape: {mismatched[0]}" if mismatched else lines[0]
         raise ModelError.at(path, f"the adapter could not be loaded: {what}", fix=_WRONG_BASE) from error
-    if not any(
-        weight.is_meta for weight in loaded.parameters()
-    ):  # otherwise rank 0 validates it (distributed.rank0_loading)
+    if not any(weight.is_meta for weight in loaded.parameters()):  # on meta: rank 0 does it
         validate_loaded_adapter(loaded, files.folder)
     return sort_target_modules(loaded)
 

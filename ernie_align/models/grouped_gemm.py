@@ -2,7 +2,7 @@
 
 A row is a pair of a token and one of its experts; rows are sorted by expert, so that the rows of an expert are
 contiguous. Every product is `y = x·Wᵀ + s·(x·Aᵀ)·B` (LoRA: Hu et al. 2021, arXiv:2106.09685, equation 3), expert by
-expert. Neither W + BA nor a gradient of its size is computed. The order of products and sums is that of transformers'
+expert. Neither W + BA nor a gradient of its size is computed. Products and sums are in the order of transformers'
 `grouped_mm` kernel, so that an update of zero changes no bit.
 
 The backward pass is written by hand to save memory and time. It keeps one activation, the up-projection, and the (S, r)
@@ -129,8 +129,8 @@ class _LowRankExperts(torch.autograd.Function):
         grad_weights = grad_hidden = None
 
         value = _activate(gate_up)
-        # A row's gradient is its token's gradient times its routing weight w. With w omitted here and multiplied into the
-        # thin products instead, the result is the gradient of y / w, which also gives that of w: <grad, y> =
+        # A row's gradient is its token's gradient times its routing weight w. With w omitted here and multiplied into
+        # the thin products instead, the result is the gradient of y / w, and gives that of w too: <grad, y> =
         # <grad·W, activated>. So y need not be kept, and the wide gradient need not be multiplied.
         w = _gather_weights(top_k_weights, rows)
         grad_y = _gather_tokens(grad.to(value.dtype), rows)

@@ -50,8 +50,10 @@ class ImageFeatureCache:
 
     @contextmanager
     def use(self, model: nn.Module, *, times: int = 1) -> Iterator[None]:
-        """Within the context, a forward of `model` takes pixel_values and image_grid_thw of n images for rows that hold
-        `times` · n: all of them in order, then all of them again."""
+        """Within the context, serve the images of a forward of `model` from this cache.
+
+        times: the rows contain all images of pixel_values and image_grid_thw in order, this many times over.
+        """
 
         def encode(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
             if kwargs.get("pixel_values") is None:
@@ -64,13 +66,10 @@ class ImageFeatureCache:
             kwargs["image_grid_thw"] = grid.repeat(times, 1)
             return args, kwargs
 
-        handle = find_backbone(model).register_forward_pre_hook(encode, with_kwargs=True)
-        try:
+        with find_backbone(model).register_forward_pre_hook(encode, with_kwargs=True):
             yield
-        finally:
-            handle.remove()
 
-    def _encoded(self, backbone: nn.Module, pixel_values: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
+    def _encode(self, backbone: nn.Module, pixel_values: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
         """Return the features of each image, (tokens, H)."""
         if self._cached is not None and _same(self._cached[0], pixel_values) and _same(self._cached[1], grid):
             return self._cached[2]
@@ -110,14 +109,12 @@ def deduplicate_images(model: nn.Module) -> Iterator[None]:
         distinct = features.split((sizes.prod(dim=-1) // tower.spatial_merge_size**2).tolist())
         return torch.cat([distinct[index] for index in order])
 
-    handles = [tower.register_forward_pre_hook(pass_distinct)]
-    handles.append(resampler.register_forward_pre_hook(pass_distinct_sizes))
-    handles.append(resampler.register_forward_hook(return_all))
-    try:
+    with (
+        tower.register_forward_pre_hook(pass_distinct),
+        resampler.register_forward_pre_hook(pass_distinct_sizes),
+        resampler.register_forward_hook(return_all),
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _same(cached: Tensor, current: Tensor) -> bool:

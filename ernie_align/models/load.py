@@ -67,6 +67,8 @@ def load_model(
     always so with `parallel`.
     Raises ModelError for other models, missing weights, and parameters that differ from the family's architecture.
     """
+    import torch.distributed
+
     from ernie_align.models.packed_attention import install_packed_attention
 
     name = str(name)
@@ -98,19 +100,13 @@ def load_model(
         bundle.processor = build_processor(name, revision, bundle.image_processor, tokenizer)
         install_routing(model.model)
         install_token_dispatch(model.model.language_model)
-        if _is_launched():
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # in a group of one rank too: DDP wraps the model, and waits for its gradients
             from ernie_align.models.distributed.dummy_vision import install_dummy_vision
 
             install_dummy_vision(model.model)
     install_packed_attention(model)
     return bundle
-
-
-def _is_launched() -> bool:
-    """Return True in a process group, even of one rank: DDP wraps that one too, and waits for its gradients."""
-    import torch.distributed as dist
-
-    return dist.is_available() and dist.is_initialized()
 
 
 def _load_weights(

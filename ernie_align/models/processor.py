@@ -39,7 +39,7 @@ class ImageOnlyProcessor(VideoProcessor):
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
     def save_pretrained(self, save_directory: str, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """Save as ProcessorMixin does: the stock class also copies the font of a video processor, which is absent here."""
+        """Save as ProcessorMixin does: the stock class would also copy the font of a video processor."""
         return ProcessorMixin.save_pretrained(self, save_directory, push_to_hub, **kwargs)
 
 

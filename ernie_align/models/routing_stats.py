@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -43,16 +43,12 @@ def count_routed_tokens(pools: dict[str, nn.Module]) -> Iterator[RoutedTokenCoun
 
         return count
 
-    handles = []
-    for name, pool in pools.items():
-        counts = seen.vision if name.endswith("vision_moe") else seen.text
-        counts[name] = 0
-        handles.append(pool.register_forward_pre_hook(make_counter(counts, name)))
-    try:
+    with ExitStack() as hooks:
+        for name, pool in pools.items():
+            counts = seen.vision if name.endswith("vision_moe") else seen.text
+            counts[name] = 0
+            hooks.enter_context(pool.register_forward_pre_hook(make_counter(counts, name)))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -69,13 +65,11 @@ def record_expert_choices(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]
 
         return record
 
-    routers = {name: module for name, module in model.named_modules() if "TopKRouter" in type(module).__name__}
-    handles = [module.register_forward_hook(make_recorder(name)) for name, module in routers.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if "TopKRouter" in type(module).__name__:
+                hooks.enter_context(module.register_forward_hook(make_recorder(name)))
         yield choices
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def count_expert_flips(

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
-
     from ernie_align.models.load import Bundle
 
 ROWS, LENGTH = 8, 64  # of the probe: random text tokens, different in each row
@@ -52,12 +50,9 @@ def probe_text(bundle: Bundle, *, seed: int = 0) -> TextProbe:
     finally:
         model.train(was_training)
     bits = logits.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return TextProbe(hashlib.sha256(bits).hexdigest(), ROWS, ROWS * LENGTH, logits.shape[-1], _machine(logits.device))
-
-
-def _machine(device: torch.device) -> str:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} with {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    machine = logits.device.type
+    if machine == "cuda":
+        machine = torch.cuda.get_device_name(logits.device)
+    elif machine == "cpu":
+        machine = f"{platform.machine()} with {torch.get_num_threads()} threads"
+    return TextProbe(hashlib.sha256(bits).hexdigest(), ROWS, ROWS * LENGTH, logits.shape[-1], machine)

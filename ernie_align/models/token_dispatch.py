@@ -26,11 +26,14 @@ class ExpertIndices(NamedTuple):
     inverse: Tensor
 
     @classmethod
-    def from_token_types(cls, moe_mm_token_type_ids: Tensor | None) -> ExpertIndices | None:
-        """Convert (B, T) token types: 0 text, 1 or 2 vision. None if no token is vision: all go to the text pool."""
-        if moe_mm_token_type_ids is None:
-            return None
-        is_vision = moe_mm_token_type_ids.reshape(-1).bool()
+    def from_token_types(cls, types: Tensor | ExpertIndices | None) -> ExpertIndices | None:
+        """Convert (B, T) token types: 0 text, 1 or 2 vision. None if no token is vision: all go to the text pool.
+
+        Indices are returned unchanged.
+        """
+        if types is None or isinstance(types, cls):
+            return types
+        is_vision = types.reshape(-1).bool()
         vision = is_vision.nonzero().squeeze(1)
         if len(vision) == 0:
             return None
@@ -54,7 +57,7 @@ class IndexedMoeBlock(Ernie4_5_VLMoeMoeBlock):
         self, hidden_states: Tensor, moe_mm_token_type_ids: ExpertIndices | Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """hidden_states (B, T, H), and indices or token types -> (B, T, H) and router logits (B·T, E)."""
-        indices = as_expert_indices(moe_mm_token_type_ids)
+        indices = ExpertIndices.from_token_types(moe_mm_token_type_ids)
         if indices is None:
             return super().forward(hidden_states)
         # before the pools, as in the stock block: the order in which autograd sums their gradients depends on it
@@ -69,21 +72,12 @@ class IndexedMoeBlock(Ernie4_5_VLMoeMoeBlock):
         return output, torch.cat(logits).view(-1, self.num_experts).index_select(0, indices.inverse)
 
 
-def as_expert_indices(indices_or_types: ExpertIndices | Tensor | None) -> ExpertIndices | None:
-    """Return the indices themselves, or those of the token types."""
-    if isinstance(indices_or_types, ExpertIndices):
-        return indices_or_types
-    return ExpertIndices.from_token_types(indices_or_types)
-
-
 def compute_expert_indices(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of the language model: replace token types by indices.
 
     A module-level function, so that a deep copy of the model keeps it.
     """
-    types = kwargs.get("moe_mm_token_type_ids")
-    if isinstance(types, Tensor):
-        kwargs["moe_mm_token_type_ids"] = ExpertIndices.from_token_types(types)
+    kwargs["moe_mm_token_type_ids"] = ExpertIndices.from_token_types(kwargs.get("moe_mm_token_type_ids"))
     return args, kwargs
 
 

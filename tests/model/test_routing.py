@@ -43,9 +43,8 @@ def test_routing_ignores_token_types_of_the_caller(bundle, batch):
     expected = forward(bundle.model, batch)
     stale = torch.zeros_like(batch["input_ids"])
     assert torch.equal(forward(bundle.model, batch, moe_mm_token_type_ids=stale), expected)
-    assert torch.equal(
-        forward(bundle.model, batch, moe_mm_token_type_ids=stale[:, :3], mm_token_type_ids=stale), expected
-    )
+    short = {"moe_mm_token_type_ids": stale[:, :3], "mm_token_type_ids": stale}
+    assert torch.equal(forward(bundle.model, batch, **short), expected)
     bare = copy.deepcopy(bundle.model)
     bare.model._forward_pre_hooks.clear()
     without = forward(bare, batch, mm_token_type_ids=mm_token_type_ids(batch["input_ids"], bundle.modality))

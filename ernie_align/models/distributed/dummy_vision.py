@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ernie_align.models.token_dispatch import IndexedMoeBlock, as_expert_indices
+from ernie_align.models.token_dispatch import ExpertIndices, IndexedMoeBlock
 
 
 def needs_collective(*modules: nn.Module) -> bool:
@@ -68,7 +68,7 @@ def dummy_vision_forward(
     patch = tower.patch_embed
     pixels = torch.zeros(side * side, patch.in_channels * patch.patch_size**2, device=device)
     # A frozen tower encodes images without gradient (models.image_cache). Embeddings made to require gradients for
-    # checkpointing would cause a backward pass through the tower on this rank alone, with gathers that others do not do.
+    # checkpointing would cause a backward pass through the tower on this rank alone, and gathers that hang.
     with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(tower, resampler)):
         output = backbone.get_image_features(pixels, torch.tensor([[1, side, side]], device=device), return_dict=True)
     output.pooler_output = tuple(tokens[:0] for tokens in output.pooler_output)
@@ -81,7 +81,7 @@ def dummy_vision_pool_forward(
 ) -> tuple[Tensor, Tensor] | None:
     """Forward hook of a block: if no token went to the vision experts, run a dummy one and use none of it."""
     hidden_states = args[0]
-    indices = as_expert_indices(args[1] if len(args) > 1 else None)
+    indices = ExpertIndices.from_token_types(args[1] if len(args) > 1 else None)
     if indices is not None or not needs_collective(block.vision_moe):
         return None
     # Zeros that depend on the hidden states, so that the backward pass reaches these weights and gathers their shards.
@@ -113,11 +113,8 @@ def run_dummy_vision_last(backbone: nn.Module) -> None:
     ZeRO-3 records the order of module calls and fetches weights by it: real images are encoded within the backbone's
     forward, so the dummy image must be too.
     """
-    backbone._forward_pre_hooks.move_to_end(_place_of(backbone))
-
-
-def _place_of(backbone: nn.Module) -> int:
-    return next(place for place, hook in backbone._forward_pre_hooks.items() if hook is dummy_vision_forward)
+    hooks = backbone._forward_pre_hooks
+    hooks.move_to_end(next(key for key, hook in hooks.items() if hook is dummy_vision_forward))
 
 
 def find_dummy_vision_backbone(model: nn.Module) -> nn.Module | None:
@@ -128,7 +125,7 @@ def find_dummy_vision_backbone(model: nn.Module) -> nn.Module | None:
 
 
 def any_rank_saw_images(backbone: nn.Module) -> bool:
-    """Return True if any rank has had an image in a forward with gradients since the last call. Call it on all ranks."""
+    """Return True if any rank had an image in a forward with gradients since the last call. Call it on all ranks."""
     seen = torch.tensor(int(backbone.saw_images), device=next(backbone.parameters()).device)
     torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
     backbone.saw_images = False

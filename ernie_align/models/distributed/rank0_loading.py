@@ -92,15 +92,7 @@ def materialize_trainable(model: nn.Module) -> None:
     PEFT creates an adapter on meta if its base is there, but TRL copies one adapter into another, and checkpoints are
     loaded into it. Rank 0's weights replace these zeros when the model is sharded.
     """
-
-    def materialized(weight: nn.Parameter) -> nn.Parameter:
-        return nn.Parameter(torch.zeros_like(weight, device="cpu")) if _is_trained_on_meta(weight) else weight
-
-    _replace(model, materialized)
-
-
-def _is_trained_on_meta(weight: nn.Parameter) -> bool:
-    return weight.is_meta and weight.requires_grad
+    _replace_trained_on_meta(model, lambda weight: torch.zeros_like(weight, device="cpu"))
 
 
 def give_distinct_addresses(model: nn.Module, *, in_float32: bool) -> None:
@@ -109,13 +101,14 @@ def give_distinct_addresses(model: nn.Module, *, in_float32: bool) -> None:
     in_float32: the model will be sharded with float32 copies of its trained weights, which cannot be made from meta.
     """
 
-    def expanded(weight: nn.Parameter) -> nn.Parameter:
-        if not _is_trained_on_meta(weight):
-            return weight
-        dtype = torch.float32 if in_float32 else weight.dtype
-        return nn.Parameter(torch.zeros((), dtype=dtype).expand(weight.shape))
+    def expanded(weight: nn.Parameter) -> Tensor:
+        return torch.zeros((), dtype=torch.float32 if in_float32 else weight.dtype).expand(weight.shape)
 
-    _replace(model, expanded)
+    _replace_trained_on_meta(model, expanded)
+
+
+def _replace_trained_on_meta(model: nn.Module, by: Callable[[nn.Parameter], Tensor]) -> None:
+    _replace(model, lambda weight: nn.Parameter(by(weight)) if weight.is_meta and weight.requires_grad else weight)
 
 
 def _replace(model: nn.Module, by: Callable[[nn.Parameter], nn.Parameter]) -> None:
