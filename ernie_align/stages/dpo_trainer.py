@@ -254,7 +254,7 @@ class PairsApart:
         """
         labels = self.inputs["input_ids"].masked_fill(self.inputs["completion_mask"] == 0, IGNORE_INDEX)
         scored = fused_head_forward(model, find_backbone(inner))
-        with self.images.shown(inner, times=2):
+        with self.images.use(inner, times=2):
             return scored(**model_inputs(self.inputs), labels=labels, fused_lm_head=True, use_cache=False)
 
 
@@ -286,7 +286,7 @@ class PairsShared:
 
     def forward(self, model: nn.Module, inner: nn.Module) -> Any:
         """See PairsApart."""
-        with self.images.shown(inner):
+        with self.images.use(inner):
             return score_positions(
                 model, find_backbone(inner), self.predicted_at, self.labels, {**self.given, "use_cache": False}
             )

@@ -49,7 +49,7 @@ class SupervisedTrainer(ShardedTrainer, SFTTrainer):
         inner = self.accelerator.unwrap_model(self.model)
         scoring = fused_head_forward(model, find_backbone(inner))
         # without it, checkpointing sends a backward, and a second forward, through a tower that learns nothing
-        images = ImageFeatureCache(frozen=True).shown(inner) if self.vision_is_frozen else nullcontext()
+        images = ImageFeatureCache(frozen=True).use(inner) if self.vision_is_frozen else nullcontext()
         right = torch.zeros(())
 
         def scored(**given: Any) -> Any:
