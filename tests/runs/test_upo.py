@@ -63,14 +63,12 @@ def trainer_of(recipe):
     """The trainer of a recipe, before its first step."""
     from ernie_align.runs.prepare import prepare_data
     from ernie_align.runs.train import load_for_training
-    from ernie_align.stages import Datasets
 
     setup = set_up(load_recipe(recipe))
     config = setup.stage.configure(setup.recipe, setup.recipe.run.dir)
     data = prepare_data(setup)
     bundle = load_for_training(setup, None)
-    batches = Datasets(data.train, data.eval, data.row_name, setup.renderer, data.beside)
-    trainer = setup.stage.build_trainer(setup.recipe, config, bundle, batches, [])
+    trainer = setup.stage.build_trainer(setup.recipe, config, bundle, data, [])
     trainer.current_gradient_accumulation_steps = config.gradient_accumulation_steps
     trainer.model.train()
     return trainer
@@ -200,10 +198,10 @@ def test_without_preference_it_is_trls_grpo_on_the_same_rollouts(checkpoints, te
 
 def test_the_guard_counts_the_same_vision_tokens_everywhere(checkpoints, mixed_prompts, tmp_path, monkeypatch):
     """Rollout, reference and policy: 4 placeholders, a start and an end for each image of each completion."""
-    from ernie_align.stages.upo import trainer
+    from ernie_align.stages import trainer as trainer_module
 
     counted = []
-    check = trainer.check_routing
+    check = trainer_module.check_routing
 
     def spy(seen, *, vision_tokens, tokens):
         counted.append({*seen.vision.values()})
@@ -213,7 +211,7 @@ def test_the_guard_counts_the_same_vision_tokens_everywhere(checkpoints, mixed_p
     trainer.state.logging_steps = 0
     trainer.state.global_step = 1  # not the first step, which also compares rollout and training
     batch = first_batch(trainer)
-    monkeypatch.setattr(trainer, "check_routing", spy)
+    monkeypatch.setattr(trainer_module, "check_routing", spy)
     trainer._compute_loss(trainer.model, trainer._prepare_inputs(batch))
     expected = sum(6 * len(example["media"]) for example in batch)
     assert expected > 0

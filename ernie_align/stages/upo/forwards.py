@@ -2,66 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from trl import GRPOTrainer
-from trl.trainer.utils import add_fused_lm_head, use_adapter
+from trl.trainer.utils import add_fused_lm_head
 
-from ernie_align.checkpoints import partial_checkpoint
 from ernie_align.data.collate import pad
 from ernie_align.data.render import Renderer
-from ernie_align.models.adapters import REFERENCE_ADAPTER, add_reference_adapter
-from ernie_align.models.image_cache import ImageFeatureCache, find_backbone, is_vision_frozen
+from ernie_align.models.image_cache import ImageFeatureCache, find_backbone
 from ernie_align.models.routing import ModalityTokens
 from ernie_align.stages.fused_head import fused_head_forward
-from ernie_align.stages.sharded_checkpoint import ShardedTrainer
-from ernie_align.stages.trainer import TrainingMonitor
+from ernie_align.stages.trainer import AlignmentTrainer
 from ernie_align.stages.upo.groups import Group
 
 
-class WatchedTrainer(ShardedTrainer, GRPOTrainer):
+class WatchedTrainer(AlignmentTrainer, GRPOTrainer):
     """GRPOTrainer whose every forward is watched, and whose reference is where the run began.
 
-    renderer: of the prompts; row_name: (source, row) -> the row's name; keeps_adapter: the policy goes on with an
-    adapter, whose first state is the reference; frozen: the reference of full fine-tuning. Other arguments are TRL's.
+    renderer: of the prompts; frozen: the reference of full fine-tuning. Other arguments are AlignmentTrainer's and
+    TRL's.
     """
 
     def __init__(
         self,
         *args: Any,
         renderer: Renderer,
-        row_name: Callable[[int, int], str],
-        continues_adapter: bool,
         frozen: nn.Module | None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         self.renderer = renderer
-        self.row_name = row_name
         self.modality = ModalityTokens.from_config(self.model.config)
-        if continues_adapter:
-            add_reference_adapter(self.model)
-        self.shard_adapters()
         if frozen is not None:
             self.ref_model = self.accelerator.prepare_model(frozen, evaluation_mode=True)
             cast = self.args.cast_lm_head_to_fp32
             add_fused_lm_head(self.ref_model, temperature=self.temperature, cast_lm_head_to_fp32=cast)
-        self.vision_is_frozen = is_vision_frozen(self.model)
         self._forbid_modality_tokens()
-        self.watch = TrainingMonitor(self.model, row_name)
-        self.reference_monitor = TrainingMonitor(self.ref_model, row_name) if self.ref_model is not None else self.watch
         self._latest_logps: Tensor | None = None  # of the forward that was last done
-
-    def _send_telemetry(self) -> None:
-        """Nothing is sent: a run reaches only the hub ids that its recipe names."""
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """Checkpoints are written beside the whole ones, and named once they are whole (runs.keep)."""
-        return str(partial_checkpoint(super()._get_output_dir(trial)))
 
     def _forbid_modality_tokens(self) -> None:
         """An answer ends where the template ends one, and holds no token that would ask for an image."""
@@ -114,27 +94,14 @@ class WatchedTrainer(ShardedTrainer, GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, model, input_ids, *args, **kwargs):
         """TRL's forward of a batch, of the policy or of the reference, with the routing watched; the image of several
         completions is encoded once."""
-        watch = self.reference_monitor if model is self.ref_model else self.watch
+        watch = self.reference_monitor if model is self.ref_model else self.monitor
         inner = self.accelerator.unwrap_model(model)
         images = ImageFeatureCache(frozen=self.vision_is_frozen).shown(inner)
         scored = fused_head_forward(model, find_backbone(inner))
-        with watch.forward(self._vision_tokens(kwargs), input_ids.numel()), images:
+        with watch.check_forward(self._vision_tokens(kwargs), input_ids.numel()), images:
             result = super()._get_per_token_logps_and_entropies(scored, input_ids, *args, **kwargs)
         self._latest_logps = result[0]
         return result
-
-    @contextmanager
-    def _reference(self) -> Iterator[nn.Module]:
-        """The model that the policy is held to, while the context lasts."""
-        if self.ref_model is not None:
-            yield self.ref_model
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        if not hasattr(model, "peft_config"):  # full fine-tuning that asks once, before the first step
-            yield self.model
-            return
-        with use_adapter(model, REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None):
-            yield self.model
 
 
 def together(pixels: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -157,7 +157,7 @@ class RolloutTrainer(OpenRolloutTrainer):
         base = self.accelerator.unwrap_model(self.model)
         base = base.get_base_model() if hasattr(base, "peft_config") else base
         with (
-            nullcontext() if self.use_vllm else self.watch.forward(self._vision_tokens(fields)),
+            nullcontext() if self.use_vllm else self.monitor.check_forward(self._vision_tokens(fields)),
             deduplicate_images(base),  # the image of a group
             record_expert_choices(base) if looks else nullcontext({}) as experts,
             sampled_logps(base, self.temperature) if looks else nullcontext([]) as drawn,
@@ -251,7 +251,7 @@ class RolloutTrainer(OpenRolloutTrainer):
         inputs["pairs"] = torch.tensor(pairs, dtype=torch.long, device=device).view(-1, 2)
         inputs["rows"] = [tuple(group.example["rows"]) for group, _ in rows]
         if self.block.needs_reference:
-            with self._reference() as model:
+            with self.use_reference() as model:
                 inputs["ref_per_token_logps"] = self._logps(model, inputs)
         if self._outlives_its_policy():
             inputs["old_per_token_logps"] = self._logps(self.model, inputs)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +12,6 @@ from torch import Tensor, nn
 from ernie_align import losses
 from ernie_align.data.collate import model_inputs
 from ernie_align.data.render import IGNORE_INDEX
-from ernie_align.models.adapters import REFERENCE_ADAPTER
 from ernie_align.models.image_cache import ImageFeatureCache
 from ernie_align.stages.eval_metrics import mean_over_ranks
 from ernie_align.stages.upo.offline_pairs import OfflinePairs
@@ -41,7 +38,7 @@ class UPOTrainer(RolloutTrainer):
         """TRL's policy loss and KL, and the preference loss, scaled for gradient accumulation as TRL's are."""
         training = self.model.training
         metrics = self._metrics["train" if training else "eval"]
-        self.watch.rows += inputs["rows"]
+        self.monitor.rows += inputs["rows"]
         # each of TRL's policy losses is linear in the advantages
         weighted = self.block.policy_weight * inputs["advantages"]
         loss = super()._compute_loss(model, {**inputs, "advantages": weighted})
@@ -62,10 +59,7 @@ class UPOTrainer(RolloutTrainer):
             pair_losses = self._pair_losses(*self._offline_ratios(model), metrics)
             share = self.block.preference_weight / self.current_gradient_accumulation_steps
             loss = loss + share * pair_losses.mean()
-        self.watch.finite(loss.detach(), "loss", self.state.global_step + 1)
-        if not training:
-            self.watch.end_step()
-        return self.watch.attach_to_graph(loss, self.model)
+        return self.finish_loss(loss)
 
     def _pair_losses(self, chosen: Tensor, rejected: Tensor, metrics: Mapping[str, list[float]]) -> Tensor:
         """(P,) log-ratios of both sides -> (P,)."""
@@ -90,11 +84,11 @@ class UPOTrainer(RolloutTrainer):
 
     def _logps_of_pairs(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(P,) log-probabilities of both sides of PairCollator's batch."""
-        watch = self.reference_monitor if model is self.ref_model else self.watch
-        vision_tokens = watch.take(batch)
+        watch = self.reference_monitor if model is self.ref_model else self.monitor
+        vision_tokens = watch.pop_metadata(batch)
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
         images = ImageFeatureCache(frozen=self.vision_is_frozen).shown(self.accelerator.unwrap_model(model), times=2)
-        with watch.forward(vision_tokens, labels.numel()), self.accelerator.autocast(), images:
+        with watch.check_forward(vision_tokens, labels.numel()), self.accelerator.autocast(), images:
             outputs = model(**model_inputs(batch), labels=labels, fused_lm_head=True, use_cache=False)
         return outputs.log_probs.sum(dim=1).chunk(2)
 
@@ -102,18 +96,12 @@ class UPOTrainer(RolloutTrainer):
         training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad(), self._reference() as model:
+            with torch.no_grad(), self.use_reference() as model:
                 batch = {name: values.to(self.accelerator.device) for name, values in batch.items()}
                 return self._logps_of_pairs(model, batch)
         finally:
             self.model.train(training)
-            self.watch.end_step()
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        """The norm that Trainer is about to log: the last moment before the optimizer would spoil the weights."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        self.watch.gradient(norm, self.state.global_step + 1, self.model)
-        return norm
+            self.monitor.end_step()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """TRL's evaluation on rollouts, and the margin of the held-out pairs."""
@@ -131,7 +119,7 @@ class UPOTrainer(RolloutTrainer):
                 sides = [self._ratios_of_pairs(self.model, b) for b in self.pairs["pairs_eval"].in_order(size)]
         finally:
             self.model.train(training)
-            self.watch.end_step()
+            self.monitor.end_step()
         chosen, rejected = (torch.cat(side) for side in zip(*sides, strict=True))
         margins = self.block.beta * (chosen - rejected)
         self._metrics["eval"]["held_out/margin"].append(margins.mean().item())
@@ -152,8 +140,3 @@ class UPOTrainer(RolloutTrainer):
             what = f"KL {kl:.3g} a token: the policy has left its reference"
             _log.warning(f"step {self.state.global_step}: {what}; lower learning_rate or raise upo.kl_weight")
         super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As Trainer, without the reference: Trainer would resume from that folder and from nothing else."""
-        super()._save(output_dir, state_dict)
-        shutil.rmtree(Path(output_dir or self.args.output_dir) / REFERENCE_ADAPTER, ignore_errors=True)
