@@ -91,7 +91,7 @@ def _prompt_completion(row: Mapping[str, Any], root: Path | MediaAccess | None) 
     for message in messages[: len(prompt)]:  # the completion alone is trained
         if message["role"] == "assistant":
             message["label"] = 0
-    return Row(messages=messages, images=images)
+    return Row(messages=messages, images=images, prompt_length=len(prompt))
 
 
 def _prompt(row: Mapping[str, Any], root: Path | MediaAccess | None) -> Row:

@@ -218,7 +218,7 @@ def _split(said: str) -> list[dict[str, Any]]:
     return parts
 
 
-def without_oldest_exchange(messages: list[Message]) -> list[Message] | None:
+def drop_oldest_exchange(messages: list[Message]) -> list[Message] | None:
     """The prompt without its oldest question and what was said to it; None if only images and the last are left."""
     questions = [place for place, message in enumerate(messages) if message["role"] == "user"]
     for start, end in pairwise(questions):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ernie_align.data.collate import shared_features
-from ernie_align.data.messages import without_oldest_exchange
+from ernie_align.data.messages import drop_oldest_exchange
 from ernie_align.data.render import Renderer
 from ernie_align.data.row import Row, RowDropped, RowFault
 
@@ -69,7 +69,7 @@ class PromptEncoder:
         self._check(columns)
         example, cut = self.renderer.prompt(row), False
         while len(example.input_ids) > self.max_length:
-            shorter = without_oldest_exchange(row.messages) if self.cut else None
+            shorter = drop_oldest_exchange(row.messages) if self.cut else None
             if shorter is None:
                 raise RowDropped(f"over data.max_length {self.max_length}")
             row.messages, cut = shorter, True

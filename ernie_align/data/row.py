@@ -50,14 +50,16 @@ class Row:
         an assistant message may carry `reasoning_content`, `tool_calls` and `label` (0: this turn is not trained).
     images: one reference `{"path": ..., "bytes": ...}` for each image part, in their order.
     plain: (prompt, completion) of a row without turns; messages is then empty and no chat template is used.
-    endings: of a preference row, whose messages are then the prompt alone.
+    prompt_length: messages of the prompt in a prompt/completion row; None in other rows.
+    responses: of a preference row, whose messages are then the prompt alone.
     thinking: enable_thinking of the chat template for this row; None leaves it to the recipe.
-    columns: everything else the row held, such as `kind` and `answer`.
+    columns: everything else the row held, such as `kind`, `answer`, and the `label` of an unpaired preference.
     """
 
     messages: list[Message] = field(default_factory=list)
     images: list[dict[str, Any]] = field(default_factory=list)
     plain: tuple[str, str] | None = None
+    prompt_length: int | None = None
     responses: list[Response] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
     thinking: bool | None = None

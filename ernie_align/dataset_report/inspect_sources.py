@@ -195,7 +195,7 @@ class RowInspector:
             _describe(row, into)
             examples = self.encode_whole(row)
             shown = [media.load_image(image).size for image in row.images]
-            longest = max(map(_tokens, examples))
+            longest = max(map(_count_tokens, examples))
             into.long(longest, sum(example["length"] for example in examples))
             self._images(shown, into)
             if longest > self.encode.max_length:
@@ -221,11 +221,12 @@ class RowInspector:
             into.image_tokens.add(vision.tokens(vision.grid(height, width)))
 
 
-def _tokens(example: dict[str, Any]) -> int:
-    """What max_length is held against: of a pair, the prompt with the longer answer."""
+def _count_tokens(example: dict[str, Any]) -> int:
+    """Return the length that max_length limits: of a pair, the prompt with the longer answer."""
     if "input_ids" in example:
         return len(example["input_ids"])
-    return len(example["prompt_ids"]) + max(len(example["chosen_ids"]), len(example["rejected_ids"]))
+    names = ("chosen_ids", "rejected_ids", "completion_ids")
+    return len(example["prompt_ids"]) + max(len(example[name]) for name in names if name in example)
 
 
 def _describe(row: Row, into: SourceReport) -> None:
