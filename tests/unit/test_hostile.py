@@ -195,7 +195,7 @@ def media_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def encoders(checkpoints):
     """(family, encoder name) -> encoder. The thinking template of the family is the checkpoint's own."""
-    from ernie_align.evaluation.generate import make_renderer
+    from ernie_align.data.render import make_renderer
     from ernie_align.models.checkpoint_files import CheckpointFiles
     from ernie_align.models.pixels import ImageSizes
     from ernie_align.models.routing import ModalityTokens
