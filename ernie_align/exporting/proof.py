@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ernie_align.data.collate import Collator, model_inputs
+from ernie_align.data.render import renderer_of
 from ernie_align.data.row import Row
-from ernie_align.evaluation.generate import Sampling, generate_answers, renderer_of
+from ernie_align.evaluation.generate import Sampling, generate_answers
 from ernie_align.models.load import Bundle
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from ernie_align.data.render import renderer_of
 from ernie_align.errors import AlignError, ExportError
-from ernie_align.evaluation.generate import renderer_of
 from ernie_align.exporting.card import card
 from ernie_align.exporting.hub import check_push, push_folder
 from ernie_align.exporting.merge import Accumulate, digests, merge

@@ -81,7 +81,7 @@ def batch_with_images(bundle: Any, digits: Path) -> dict[str, Any]:
     """Two images in one row, one in the next, none in the third; the shorter rows are padded."""
     from ernie_align.data.collate import Collator
     from ernie_align.data.formats import canonicalize
-    from ernie_align.evaluation.generate import renderer_of
+    from ernie_align.data.render import renderer_of
 
     renderer = renderer_of(bundle)
     rows = [
