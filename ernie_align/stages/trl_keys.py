@@ -16,6 +16,7 @@ TRAINING_ARGUMENTS = ("transformers", "training_args.py", "TrainingArguments")
 BASE_CONFIG = ("trl", "trainer/base_config.py", "_BaseConfig")
 SFT_CONFIG = (TRAINING_ARGUMENTS, BASE_CONFIG, ("trl", "trainer/sft_config.py", "SFTConfig"))
 DPO_CONFIG = (TRAINING_ARGUMENTS, BASE_CONFIG, ("trl", "trainer/dpo_config.py", "DPOConfig"))
+KTO_CONFIG = (TRAINING_ARGUMENTS, BASE_CONFIG, ("trl", "trainer/kto_config.py", "KTOConfig"))
 GRPO_CONFIG = (TRAINING_ARGUMENTS, BASE_CONFIG, ("trl", "trainer/grpo_config.py", "GRPOConfig"))
 
 _PLAIN = {"int": int, "float": float, "bool": bool, "str": str, "dict": dict, "list": list}

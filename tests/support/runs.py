@@ -47,7 +47,7 @@ def recipe_of(stage: str, model: Path, train: Path, run_dir: Path, **blocks: Any
         },
         "run": {"dir": str(run_dir)},
     }
-    if stage in ("lora", "dpo"):
+    if stage in ("lora", "dpo", "kto"):
         recipe["adapter"] = {"scopes": ["attention"], "rank": 4, "alpha": 8}
     for name, values in blocks.items():
         recipe[name] = {**recipe.get(name, {}), **values}
@@ -118,8 +118,8 @@ def preference(question, chosen, rejected):
     return {"prompt": [{"role": "user", "content": question}], **answers}
 
 
-def trainer_of(recipe):
-    """The trainer that a run of this recipe has, its policy moved away from its reference."""
+def trainer_of(recipe, *, noise=0.02):
+    """The trainer that a run of this recipe has, its policy moved away from its reference by some noise."""
     import torch
 
     from ernie_align.models.load import load_model
@@ -139,7 +139,7 @@ def trainer_of(recipe):
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
-                parameter += 0.02 * torch.randn_like(parameter)
+                parameter += noise * torch.randn_like(parameter)
     return trainer
 
 
