@@ -1,4 +1,4 @@
-"""What every trainer here adds to TRL's: a monitor on each batch, checkpoints of sharded weights, evaluation means."""
+"""The base of all trainers here: checks on each batch, checkpoints of sharded weights, means over an evaluation."""
 
 from __future__ import annotations
 
