@@ -89,7 +89,7 @@ def _rank(setting: Workload) -> Iterator[tuple[str, Workload]]:
         sizes: dict[str, int] = {}
         for target in targets:
             part = target.tensor.part
-            sizes[part] = sizes.get(part, 0) + target.tensor.lora_size(target.rank)
+            sizes[part] = sizes.get(part, 0) + target.size
         yield f"adapter.rank={rank}", replace(setting, targets=targets, trained=sizes)
 
 

@@ -102,7 +102,7 @@ def _bits(tensor: ParameterSpec, setting: Workload) -> float:
 
 def _largest_layer(architecture: Architecture, setting: Workload) -> float:
     """With its adapters, and with their gradients until these are shared out again."""
-    adapters = {target.tensor.name: target.tensor.lora_size(target.rank) for target in setting.targets or ()}
+    adapters = {target.tensor.name: target.size for target in setting.targets or ()}
     layers: dict[tuple[str, int | None], float] = {}
     for tensor in architecture.tensors:
         size = 4.0 * adapters.get(tensor.name, 0) * (2 + setting.copies)

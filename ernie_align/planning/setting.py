@@ -70,7 +70,7 @@ class Workload:
         targets = tuple(item for item in trained if isinstance(item, Target))
         sizes: dict[str, int] = {}
         for item in trained:
-            part, size = (item.tensor.part, item.tensor.lora_size(item.rank)) if targets else (item.part, item.size)
+            part, size = (item.tensor.part, item.size) if targets else (item.part, item.size)
             sizes[part] = sizes.get(part, 0) + size
         batch = given["per_device_train_batch_size"]
         flat = bool(recipe.training.get("packing") or recipe.training.get("padding_free"))

@@ -54,8 +54,8 @@ def configure_launch(
     if parallel:
         parallel.validate(architecture, state.num_processes, adapters=adapters, where=where)
         if parallel.tp_size > 1 and not stage.supports_tensor_parallel:
-            fix = "leave --tp-size out, or train by stage: sft"
-            raise RunError.at("--tp-size", f"stage {stage.name} on matrices that are cut is not supported", fix=fix)
+            fix = "leave --tp-size out, or train with stage: sft"
+            raise RunError.at("--tp-size", f"stage {stage.name} does not support tensor parallelism", fix=fix)
         if asked:
             what = f"{asked} was asked for beside it, and both would share out the same weights"
             raise RunError.at("--tp-size, --ep-size", what, fix="launch with ep, ddp_nodes or cpu")

@@ -221,7 +221,7 @@ def load_for_training(setup: Setup, checkpoint: Path | None, parallel: ParallelL
         weights=str(checkpoint) if holds_model else None,
         parallel=parallel,
         adapters=getattr(setup.recipe, "adapter", None) is not None,
-        first_reads=rank0_loading_enabled(),
+        rank0_loading=rank0_loading_enabled(),
     )
     set_seed(setup.recipe.run.seed)  # a fresh adapter is drawn at random
     trained = setup.stage.prepare_model(setup.recipe, bundle)

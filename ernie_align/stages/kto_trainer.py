@@ -65,7 +65,7 @@ class UnpairedTrainer(AlignmentTrainer, KTOTrainer):
 
         def forward(*, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **_: Any) -> Any:
             given = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **pixels}
-            with monitor.check_forward(vision_tokens, input_ids.numel()), images.shown(unwrapped):
+            with monitor.check_forward(vision_tokens, input_ids.numel()), images.use(unwrapped):
                 return scored(**given, fused_lm_head=True, use_cache=False)
 
         return forward

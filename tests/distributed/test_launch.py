@@ -97,22 +97,22 @@ def test_fsdp_that_would_be_ddp_is_refused(checkpoints, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("family", "processes", "sizes", "stage", "adapters", "said"),
+    ("family", "processes", "sizes", "stage", "adapters", "error"),
     [
-        ("vl_moe", 2, {"ep_size": 4}, "lora", True, "2 processes cannot be dealt out, 1 to a matrix and 4 to a pool"),
-        ("vl_moe", 6, {"tp_size": 2, "ep_size": 3}, "sft", False, "in whole groups of --tp-size"),
-        ("vl_moe", 2, {"tp_size": 2}, "sft", False, "deal the experts out as well: --ep-size 2"),
-        ("vl_moe", 2, {"tp_size": 2, "ep_size": 2}, "lora", True, "adapters on matrices that are cut"),
-        ("vl_moe", 2, {"tp_size": 2, "ep_size": 2}, "dpo", False, "stage dpo on matrices that are cut"),
-        ("vl_moe", 16, {"ep_size": 16}, "sft", False, "8 experts of a pool cannot be dealt out to 16 processes"),
+        ("vl_moe", 2, {"ep_size": 4}, "lora", True, "--ep-size 4 does not divide 2 processes"),
+        ("vl_moe", 6, {"tp_size": 2, "ep_size": 3}, "sft", False, "--ep-size 3 is not a multiple of --tp-size 2"),
+        ("vl_moe", 2, {"tp_size": 2}, "sft", False, "add --ep-size 2"),
+        ("vl_moe", 2, {"tp_size": 2, "ep_size": 2}, "lora", True, "adapters are not supported with tensor parallelism"),
+        ("vl_moe", 2, {"tp_size": 2, "ep_size": 2}, "dpo", False, "stage dpo does not support tensor parallelism"),
+        ("vl_moe", 16, {"ep_size": 16}, "sft", False, "--ep-size 16 does not divide the 8 experts of a pool"),
         ("dense", 2, {"ep_size": 2}, "sft", False, "the model has no routed experts"),
     ],
 )
-def test_what_cannot_be_dealt_out_is_refused(checkpoints, family, processes, sizes, stage, adapters, said):
+def test_unsupported_parallel_sizes_are_refused(checkpoints, family, processes, sizes, stage, adapters, error):
     architecture = Architecture.from_config(json.loads((checkpoints[family] / "config.json").read_text()))
     state = SimpleNamespace(num_processes=processes)
     layout, where = ParallelLayout(**sizes), "model.name"
-    with pytest.raises(AlignError, match=said):
+    with pytest.raises(AlignError, match=error):
         configure_launch(state, architecture, stage=STAGES[stage], adapters=adapters, where=where, parallel=layout)
 
 

@@ -119,7 +119,7 @@ def test_a_cache_beside_packed_documents_is_refused(bundles, digits, family):
     """transformers would drop the block mask and say nothing."""
     bundle = bundles(family, "sdpa")
     batch = model_inputs(PaddingFreeCollator()(documents(bundle, digits, "text")))
-    with pytest.raises(ModelError, match="a cache for 4 documents"):
+    with pytest.raises(ModelError, match="got a cache with 4 documents"):
         bundle.model(**batch, use_cache=True)
 
 
@@ -131,7 +131,7 @@ def test_several_sequences_of_documents_are_refused_by_document(bundles, digits)
     with torch.no_grad():
         one, two = bundle.model(**batch).logits, bundle.model(**twice).logits
         assert (two - one).abs().max() < SUMMED_OTHERWISE
-        with pytest.raises(ModelError, match="packed documents in 2 sequences"):
+        with pytest.raises(ModelError, match="needs packed documents in one sequence, got 2"):
             bundles("dense", "by document").model(**twice)
 
 

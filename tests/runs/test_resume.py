@@ -109,9 +109,9 @@ class Listener:
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
-        (lambda checkpoint: (checkpoint / "complete.json").unlink(), "cut off in mid-write"),
+        (lambda checkpoint: (checkpoint / "complete.json").unlink(), "its write was interrupted"),
         (lambda checkpoint: (checkpoint / "optimizer.pt").unlink(), "optimizer.pt is missing"),
-        (lambda checkpoint: (checkpoint / "adapter_model.safetensors").write_bytes(b"x"), "has 1 bytes of"),
+        (lambda checkpoint: (checkpoint / "adapter_model.safetensors").write_bytes(b"x"), "has 1 bytes instead of"),
     ],
 )
 def test_a_checkpoint_that_is_not_whole_is_named_and_passed_over(again, a_run, harm, reason):
@@ -212,8 +212,8 @@ def test_a_directory_in_use_is_refused(tmp_path):
 def test_a_seal_is_broken_by_any_change_of_size(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.bin").write_bytes(b"12345")
-    assert integrity_error(tmp_path) == "cut off in mid-write"
+    assert integrity_error(tmp_path) == "its write was interrupted"
     write_manifest(tmp_path)
     assert integrity_error(tmp_path) is None
     (tmp_path / "deep" / "a.bin").write_bytes(b"1234")
-    assert integrity_error(tmp_path) == "deep/a.bin has 4 bytes of 5"
+    assert integrity_error(tmp_path) == "deep/a.bin has 4 bytes instead of 5"

@@ -57,7 +57,7 @@ def test_a_model_that_does_not_route_fails(recipe, monkeypatch):
     monkeypatch.setattr("ernie_align.models.load.install_routing", astray)
     checks = selfcheck(recipe, steps=2)
     assert [check.verdict for check in checks] == ["fail"] + ["not applicable"] * 4
-    assert "reached the vision pool" in checks[0].what
+    assert "reached the vision experts" in checks[0].what
 
 
 def test_what_is_not_the_same_twice_fails(recipe, monkeypatch):

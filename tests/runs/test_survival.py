@@ -203,7 +203,7 @@ def test_a_flipped_bit_is_found_and_passed_over(stopped, whole):
     path.write_bytes(content)
     reporter = Reporter()
     run(load_recipe(recipe), resume=True, reporter=reporter)
-    told = "passed over checkpoint-6: optimizer.pt is not what was written: its sha256 differs"
+    told = "passed over checkpoint-6: optimizer.pt changed since it was written: its sha256 differs"
     assert told in reporter.lines and f"resuming from {run_dir / 'checkpoint-3'}" in reporter.lines
     assert integrity_error(run_dir / "checkpoint-6", hashes=True) is None  # written again
     same(run_dir, whole)
@@ -221,7 +221,7 @@ def test_a_seal_that_is_no_seal_is_told(tmp_path):
 def test_hashes_are_those_of_sha256sum_and_pieces_are_told_apart(tmp_path, monkeypatch):
     import hashlib
 
-    from ernie_align.models import write_manifest as room
+    from ernie_align import checkpoints
 
     (tmp_path / "a").write_bytes(b"0123456789")
     (tmp_path / "empty").touch()
@@ -229,7 +229,7 @@ def test_hashes_are_those_of_sha256sum_and_pieces_are_told_apart(tmp_path, monke
     sealed = json.loads((tmp_path / MANIFEST).read_text())
     assert sealed["a"] == {"size": 10, "sha256": [hashlib.sha256(b"0123456789").hexdigest()]}
     assert sealed["empty"]["sha256"] == [hashlib.sha256(b"").hexdigest()]
-    monkeypatch.setattr(room, "_PIECE", 4)
+    monkeypatch.setattr(checkpoints, "_PIECE", 4)
     write_manifest(tmp_path)
     pieces = [hashlib.sha256(piece).hexdigest() for piece in (b"0123", b"4567", b"89")]
     assert json.loads((tmp_path / MANIFEST).read_text())["a"]["sha256"] == pieces

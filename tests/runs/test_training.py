@@ -88,7 +88,12 @@ def test_full_tuning_moves_the_scope_and_nothing_else(checkpoints, digits, tmp_p
     result = run_quietly(recipe)
     before = load_model(str(checkpoints["vl_moe"]), dtype="float32")
     after = load_model(str(result.final), dtype="float32").model.state_dict()
-    in_scope = {tensor.name for part in scopes for tensor in before.architecture.of(part) if tensor.kind != "frozen"}
+    in_scope = {
+        tensor.name
+        for part in scopes
+        for tensor in before.architecture.by_part.get(part, [])
+        if tensor.kind != "frozen"
+    }
     # behind the last layer nobody attends to image tokens: what its vision experts say reaches no trained token
     in_scope = {name for name in in_scope if "layers.3.mlp.vision_moe" not in name}
     moved = {name for name, value in before.model.named_parameters() if not torch.equal(value, after[name])}

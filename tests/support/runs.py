@@ -70,6 +70,11 @@ def logged(run_dir: Path, key: str = "loss") -> list[float]:
     return [line[key] for line in lines if key in line]
 
 
+def relative_difference(values, expected):
+    """Return the largest difference of two tensors, relative to the largest expected value: independent of scale."""
+    return float((values - expected).abs().max() / expected.abs().max())
+
+
 def tensors_of(folder: Path) -> dict[str, Any]:
     """All weights in a folder's safetensors files."""
     from safetensors.torch import load_file

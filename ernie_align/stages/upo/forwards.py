@@ -96,7 +96,7 @@ class WatchedTrainer(AlignmentTrainer, GRPOTrainer):
         completions is encoded once."""
         watch = self.reference_monitor if model is self.ref_model else self.monitor
         inner = self.accelerator.unwrap_model(model)
-        images = ImageFeatureCache(frozen=self.vision_is_frozen).shown(inner)
+        images = ImageFeatureCache(frozen=self.vision_is_frozen).use(inner)
         scored = fused_head_forward(model, find_backbone(inner))
         with watch.check_forward(self._vision_tokens(kwargs), input_ids.numel()), images:
             result = super()._get_per_token_logps_and_entropies(scored, input_ids, *args, **kwargs)

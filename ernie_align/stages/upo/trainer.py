@@ -87,7 +87,7 @@ class UPOTrainer(RolloutTrainer):
         watch = self.reference_monitor if model is self.ref_model else self.monitor
         vision_tokens = watch.pop_metadata(batch)
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
-        images = ImageFeatureCache(frozen=self.vision_is_frozen).shown(self.accelerator.unwrap_model(model), times=2)
+        images = ImageFeatureCache(frozen=self.vision_is_frozen).use(self.accelerator.unwrap_model(model), times=2)
         with watch.check_forward(vision_tokens, labels.numel()), self.accelerator.autocast(), images:
             outputs = model(**model_inputs(batch), labels=labels, fused_lm_head=True, use_cache=False)
         return outputs.log_probs.sum(dim=1).chunk(2)
