@@ -81,7 +81,7 @@ class UPOTrainer(AlignmentTrainer, GRPOTrainer):
             dataset.add_reference_logps(self._reference_pair_logps, self.args.per_device_train_batch_size)
 
     def _restrict_generation(self) -> None:
-        """Stop completions where the chat template ends a turn, and suppress tokens that would stand for an image."""
+        """Stop completions where the chat template ends a turn, and suppress image and video tokens."""
         self.eos_token_ids = self.renderer.stop_ids
         modality = sorted(self.rollouts.modality.ids) if self.rollouts.modality else []
         if self.use_vllm:
