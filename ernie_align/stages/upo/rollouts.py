@@ -40,10 +40,8 @@ if TYPE_CHECKING:
     from ernie_align.data.render import Renderer
 
 Metrics = MutableMapping[str, list[float]]
-# (prompts, images for vLLM, model inputs, generations per prompt) -> (token ids, vLLM's log-probs) of each completion
-Generate = Callable[
-    [list[list[int]], list | None, dict[str, Any], int], tuple[list[list[int]], list[list[float | None]] | None]
-]
+# token ids and, from vLLM, log-probs of each completion
+Generated = tuple[list[list[int]], list[list[float | None]] | None]
 
 
 @dataclass
@@ -74,7 +72,8 @@ class RolloutSampler:
 
     block, config: the recipe's `upo` block and TRL's config; prompts: rows that replace zero-advantage groups; rewards:
     in the recipe's order; row_name: (source, row) -> name of the row, for errors; model: returns the unwrapped policy;
-    generate: samples completions; logps, reference_logps: batch -> (B, C) log-probs of its completions.
+    generate: (prompts, PIL images for vLLM, model inputs, generations per prompt) -> completions; logps and
+    reference_logps: batch -> (B, C) log-probs of its completions.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class RolloutSampler:
         pad_token_id: int,
         accelerator: Accelerator,
         model: Callable[[], nn.Module],
-        generate: Generate,
+        generate: Callable[[list[list[int]], list | None, dict[str, Any], int], Generated],
         logps: Callable[[Mapping[str, Any]], Tensor],
         reference_logps: Callable[[Mapping[str, Any]], Tensor],
     ):
@@ -109,9 +108,10 @@ class RolloutSampler:
         self.reference_logps = reference_logps
         self.modality = ModalityTokens.from_config(model().config)
         self._stop_ids = set(renderer.stop_ids)
-        names = [reward.name for reward in rewards]
-        self._correctness = names.index(block.filter.by) if block.filter.by else 0
-        self._ranked_by = names.index(block.pairs_by) if block.pairs_by else None
+        self._scores_images = any("images" in reward.columns for reward in rewards)
+        index = {reward.name: number for number, reward in enumerate(rewards)}
+        self._correctness = index[block.filter.by] if block.filter.by else 0
+        self._ranked_by = index[block.pairs_by] if block.pairs_by else None
 
     def draw(
         self,
@@ -147,8 +147,8 @@ class RolloutSampler:
         """Sample completions of each prompt. metrics: if given, also compare the rollout with a training forward."""
         pixels = [self._load_pixels(example) for example in examples]
         prompts, images, fields = self._generation_inputs(examples, pixels, generations)
-        model = self.model()
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        base = self.model()
+        base = base.get_base_model() if hasattr(base, "peft_config") else base
         with (
             deduplicate_images(base),  # the completions of a group show the same images
             nullcontext({}) if metrics is None else record_expert_choices(base) as experts,
@@ -161,7 +161,7 @@ class RolloutSampler:
             columns = json.loads(example["columns"])
             by_column = self.block.domain_column
             group = Group(
-                example,
+                example=example,
                 prompt=json.loads(example["prompt"]),
                 columns=columns,
                 domain=columns[by_column] if by_column else f"source {example['rows'][0]}",
@@ -201,8 +201,7 @@ class RolloutSampler:
 
     def _as_completion(self, ids: list[int], example: dict[str, Any]) -> Any:
         """Return a completion as rewards receive it: a list of messages for a conversation, otherwise a string."""
-        text = self.decode(ids)
-        is_conversation = example["prompt"].startswith("[")
+        text, is_conversation = self.decode(ids), example["prompt"].startswith("[")
         return [parse_completion(text, opened=example["opened"])] if is_conversation else text
 
     def score(self, groups: Sequence[Group], state: TrainerState, metrics: Metrics) -> None:
@@ -219,7 +218,7 @@ class RolloutSampler:
             "log_metric": lambda name, value: metrics[name].append(value),
             "log_extra": lambda column, values: extra.update({column: list(values)}),
         }
-        if any("images" in reward.columns for reward in self.rewards):
+        if self._scores_images:
             images = {group: _load_images(group.example) for group in groups}
             arguments["images"] = [images[group] for group, _ in samples]
         scores = [
@@ -227,11 +226,10 @@ class RolloutSampler:
         ]
         table = torch.tensor(scores, dtype=torch.float32).T
         set_rewards(groups, table, [reward.weight for reward in self.rewards], self.block.filter, self._correctness)
-        start = 0
         for group in groups:
-            end = start + len(group.completion_ids)
-            group.extra = {column: values[start:end] for column, values in extra.items()}
-            start = end
+            size = len(group.completion_ids)
+            group.extra = {column: values[:size] for column, values in extra.items()}
+            extra = {column: values[size:] for column, values in extra.items()}
 
     def _replace_zero_advantage_groups(
         self, groups: list[Group], state: TrainerState, metrics: Metrics, micro_step: int

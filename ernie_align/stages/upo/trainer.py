@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -157,9 +158,8 @@ class UPOTrainer(AlignmentTrainer, GRPOTrainer):
     def _count_vision_tokens(self, inputs: Mapping[str, Any]) -> int:
         """Count from the images what the routing check expects: placeholders, and a start and an end token each."""
         grids = inputs.get("image_grid_thw")
-        if grids is None:
-            return 0
-        return sum(self.renderer.vision.tokens(tuple(grid)) + 2 for grid in grids.tolist())
+        counts = Counter(() if grids is None else map(tuple, grids.tolist()))
+        return sum(count * (self.renderer.vision.tokens(grid) + 2) for grid, count in counts.items())
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, *args, **kwargs):
         """Run TRL's forward of policy or reference with the routing monitored and each distinct image encoded once."""
