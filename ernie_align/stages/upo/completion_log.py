@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from ernie_align.rewards import Reward
 from ernie_align.stages.upo.groups import Group
 
 
+@dataclass
 class CompletionLog:
     """Writes all completions of a rollout to `step-<n>.parquet` in `folder`: at the first step, then every `steps`."""
 
-    def __init__(self, folder: Path, steps: int):
-        self.folder = folder
-        self.steps = steps
+    folder: Path
+    steps: int
 
     def is_due(self, step: int) -> bool:
         """Return True if the rollout of this step (counted from 1) is logged."""

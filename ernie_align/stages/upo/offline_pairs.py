@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass
 class OfflinePairs:
     """Preference rows in a seeded order, each row once per epoch.
 
@@ -21,20 +23,11 @@ class OfflinePairs:
     computes or reads the reference log-probs.
     """
 
-    def __init__(
-        self,
-        name: str,
-        rows: Dataset,
-        *,
-        collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
-        stored: ReferenceLogps,
-        seed: int,
-    ):
-        self.name = name
-        self.rows = rows
-        self.collate = collate
-        self.stored = stored
-        self.seed = seed
+    name: str
+    rows: Dataset
+    collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+    stored: ReferenceLogps
+    seed: int
 
     def add_reference_logps(
         self, reference: Callable[[dict[str, Any]], tuple[Tensor, Tensor]], batch_size: int

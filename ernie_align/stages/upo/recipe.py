@@ -21,12 +21,8 @@ _FIXED_REFERENCE = "drop it: the reference model does not change during a run"
 _RESERVED = {
     **RESERVED_BY_EVERY_STAGE,
     "beta": "set upo.kl_weight (the weight of the KL term) or upo.beta (of the preference term)",
-    "epsilon": "set upo.clip",
-    "epsilon_high": "set upo.clip",
-    "num_generations": "set upo.num_generations",
-    "max_completion_length": "set upo.max_completion_length",
-    "temperature": "set upo.temperature",
-    "top_p": "set upo.top_p",
+    **dict.fromkeys(("epsilon", "epsilon_high"), "set upo.clip"),
+    **{key: f"set upo.{key}" for key in ("num_generations", "max_completion_length", "temperature", "top_p")},
     "reward_weights": "set the weight of each entry under rewards",
     "scale_rewards": "set upo.normalize_rewards",
     "multi_objective_aggregation": "drop it: rewards are weighted, summed and then normalized",
@@ -40,22 +36,13 @@ _RESERVED = {
     "chat_template_kwargs": "set data.thinking",
     "max_tool_calling_iterations": "drop it: a rollout is a single answer, without tools",
     "shuffle_dataset": "drop it: prompts are shuffled by run.seed",
-    "log_completions": _COMPLETION_LOG,
-    "log_multimodal": _COMPLETION_LOG,
-    "num_completions_to_print": _COMPLETION_LOG,
-    "log_unique_prompts": _COMPLETION_LOG,
-    "log_completions_hub_repo": _COMPLETION_LOG,
-    "sync_ref_model": _FIXED_REFERENCE,
-    "ref_model_mixup_alpha": _FIXED_REFERENCE,
-    "ref_model_sync_steps": _FIXED_REFERENCE,
+    **dict.fromkeys(("log_completions", "log_multimodal", "num_completions_to_print"), _COMPLETION_LOG),
+    **dict.fromkeys(("log_unique_prompts", "log_completions_hub_repo"), _COMPLETION_LOG),
+    **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _FIXED_REFERENCE),
     "load_best_model_at_end": "drop it: keep the checkpoints and choose one with ernie-align eval",
 }
 # TRL's defaults for the sizes of a rollout, so that a recipe is validated without importing TRL.
-_DEFAULTS = {
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-}
+_DEFAULTS = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "gradient_accumulation_steps": 1}
 
 
 class FilterBlock(Block):

@@ -67,51 +67,36 @@ class RolloutState:
         return cls(saved["step"], saved["batches"], saved["processes"])
 
 
+@dataclass(kw_only=True, eq=False)
 class RolloutSampler:
     """Samples and scores completions for a trainer, which passes in everything that needs its model.
 
     block, config: the recipe's `upo` block and TRL's config; prompts: rows that replace zero-advantage groups; rewards:
     in the recipe's order; row_name: (source, row) -> name of the row, for errors; model: returns the unwrapped policy;
-    generate: (prompts, PIL images for vLLM, model inputs, generations per prompt) -> completions; logps and
-    reference_logps: batch -> (B, C) log-probs of its completions.
+    generate: (prompts, PIL images for vLLM, model inputs, generations per prompt) -> completions; logps: (batch,
+    reference=False) -> (B, C) log-probs of its completions.
     """
 
-    def __init__(
-        self,
-        *,
-        block: UpoBlock,
-        config: GRPOConfig,
-        prompts: Dataset,
-        rewards: list[Reward],
-        renderer: Renderer,
-        image_processor: Any,
-        row_name: Callable[[int, int], str],
-        pad_token_id: int,
-        accelerator: Accelerator,
-        model: Callable[[], nn.Module],
-        generate: Callable[[list[list[int]], list | None, dict[str, Any], int], Generated],
-        logps: Callable[[Mapping[str, Any]], Tensor],
-        reference_logps: Callable[[Mapping[str, Any]], Tensor],
-    ):
-        self.block = block
-        self.config = config
-        self.prompts = prompts
-        self.rewards = rewards
-        self.renderer = renderer
-        self.image_processor = image_processor
-        self.row_name = row_name
-        self.pad_token_id = pad_token_id
-        self.accelerator = accelerator
-        self.model = model
-        self.generate = generate
-        self.logps = logps
-        self.reference_logps = reference_logps
-        self.modality = ModalityTokens.from_config(model().config)
-        self._stop_ids = set(renderer.stop_ids)
-        self._scores_images = any("images" in reward.columns for reward in rewards)
-        index = {reward.name: number for number, reward in enumerate(rewards)}
-        self._correctness = index[block.filter.by] if block.filter.by else 0
-        self._ranked_by = index[block.pairs_by] if block.pairs_by else None
+    block: UpoBlock
+    config: GRPOConfig
+    prompts: Dataset
+    rewards: list[Reward]
+    renderer: Renderer
+    image_processor: Any
+    row_name: Callable[[int, int], str]
+    pad_token_id: int
+    accelerator: Accelerator
+    model: Callable[[], nn.Module]
+    generate: Callable[[list[list[int]], list | None, dict[str, Any], int], Generated]
+    logps: Callable[..., Tensor]
+
+    def __post_init__(self) -> None:
+        self.modality = ModalityTokens.from_config(self.model().config)
+        self._stop_ids = set(self.renderer.stop_ids)
+        self._scores_images = any("images" in reward.columns for reward in self.rewards)
+        index = {reward.name: number for number, reward in enumerate(self.rewards)}
+        self._correctness = index.get(self.block.filter.by, 0)
+        self._ranked_by = index.get(self.block.pairs_by)
 
     def draw(
         self,
@@ -301,7 +286,7 @@ class RolloutSampler:
         inputs["pairs"] = torch.tensor(pairs, dtype=torch.long, device=device).view(-1, 2)
         inputs["rows"] = [tuple(group.example["rows"]) for group, _ in samples]
         if self.block.needs_reference:
-            inputs["ref_per_token_logps"] = self.reference_logps(inputs)
+            inputs["ref_per_token_logps"] = self.logps(inputs, reference=True)
         corrects_vllm = self.config.use_vllm and self.config.vllm_importance_sampling_correction
         batches_per_rollout = self.config.steps_per_generation * self.config.num_iterations
         # TRL's condition: the policy that learns from a completion is not always the policy that sampled it

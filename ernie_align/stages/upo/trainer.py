@@ -26,7 +26,7 @@ from ernie_align.stages.upo.completion_log import CompletionLog, completion_tabl
 from ernie_align.stages.upo.groups import Group
 from ernie_align.stages.upo.offline_pairs import OfflinePairs
 from ernie_align.stages.upo.recipe import UpoBlock
-from ernie_align.stages.upo.rollouts import RolloutSampler, RolloutState
+from ernie_align.stages.upo.rollouts import Generated, Metrics, RolloutSampler, RolloutState
 
 _log = logging.getLogger(__name__)
 
@@ -72,8 +72,7 @@ class UPOTrainer(AlignmentTrainer, GRPOTrainer):
             accelerator=self.accelerator,
             model=lambda: self.accelerator.unwrap_model(self.model),
             generate=self._generate_monitored,
-            logps=lambda inputs: self._completion_logps(self.model, inputs),
-            reference_logps=self._reference_logps,
+            logps=self._completion_logps,
         )
         self._restrict_generation()
         self._policy_logps: Tensor | None = None  # (B, C), from the latest forward of completions
@@ -137,7 +136,7 @@ class UPOTrainer(AlignmentTrainer, GRPOTrainer):
 
     def _generate_monitored(
         self, prompts: list[list[int]], images: list | None, fields: dict[str, Any], generations: int
-    ) -> tuple[list[list[int]], list[list[float | None]] | None]:
+    ) -> Generated:
         """Sample completions with TRL, and check the routing of the images (vLLM routes them by itself)."""
         with nullcontext() if self.use_vllm else self.monitor.check_forward(self._count_vision_tokens(fields)):
             return self._generate_single_turn(prompts, images, fields, generations)
@@ -172,17 +171,14 @@ class UPOTrainer(AlignmentTrainer, GRPOTrainer):
         self._policy_logps = result[0]
         return result
 
-    def _completion_logps(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """Return (B, C) log-probs of the completions, computed as in the loss."""
+    def _completion_logps(self, inputs: Mapping[str, Any], *, reference: bool = False) -> Tensor:
+        """Return (B, C) log-probs of the completions by the policy or the reference, computed as in the loss."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         images = {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "num_images") if name in inputs}
         length = inputs["completion_ids"].shape[1]
-        return self._get_per_token_logps_and_entropies(model, ids, mask, length, **images)[0]
-
-    def _reference_logps(self, inputs: Mapping[str, Any]) -> Tensor:
-        with self.use_reference() as model:
-            return self._completion_logps(model, inputs)
+        with self.use_reference() if reference else nullcontext(self.model) as model:
+            return self._get_per_token_logps_and_entropies(model, ids, mask, length, **images)[0]
 
     def _pair_logps(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return (P,) log-probs of the chosen and the rejected sides of a PairCollator batch."""
@@ -196,11 +192,10 @@ class UPOTrainer(AlignmentTrainer, GRPOTrainer):
         return outputs.log_probs.sum(dim=1).chunk(2)
 
     def _reference_pair_logps(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        try:
-            with self._evaluation_mode(), self.use_reference() as model:
-                return self._pair_logps(model, batch)
-        finally:
-            self.reference_monitor.end_step()
+        with self._evaluation_mode(), self.use_reference() as model:
+            logps = self._pair_logps(model, batch)
+        self.reference_monitor.end_step()
+        return logps
 
     # -- loss ---------------------------------------------------------------------------------------------------
 
@@ -231,14 +226,14 @@ class UPOTrainer(AlignmentTrainer, GRPOTrainer):
             loss = loss + weight * pair_losses.mean()
         return self.finish_loss(loss)
 
-    def _pair_losses(self, chosen: Tensor, rejected: Tensor, metrics: Mapping[str, list[float]]) -> Tensor:
+    def _pair_losses(self, chosen: Tensor, rejected: Tensor, metrics: Metrics) -> Tensor:
         """(P,) log-ratios of both sides -> (P,) losses."""
         pair_losses = losses.dpo_sigmoid(chosen, rejected, beta=self.block.beta)
         metrics["preference_loss"].append(pair_losses.detach().mean().item())
         self._log_margins("pairs", chosen.detach(), rejected.detach(), metrics)
         return pair_losses
 
-    def _log_margins(self, name: str, chosen: Tensor, rejected: Tensor, metrics: Mapping[str, list[float]]) -> None:
+    def _log_margins(self, name: str, chosen: Tensor, rejected: Tensor, metrics: Metrics) -> None:
         margins = self.block.beta * (chosen - rejected)
         metrics[f"{name}/margin"].append(margins.mean().item())
         metrics[f"{name}/accuracy"].append((margins > 0).float().mean().item())
@@ -267,11 +262,9 @@ class UPOTrainer(AlignmentTrainer, GRPOTrainer):
     def _evaluate_held_out_pairs(self) -> None:
         """Pairs from the policy's own rollouts would be biased: the policy samples the answers that it overrates."""
         batches = self.pairs["pairs_eval"].in_order(self.args.per_device_eval_batch_size)
-        try:
-            with self._evaluation_mode():
-                sides = [self._pair_log_ratios(self.model, batch) for batch in batches]
-        finally:
-            self.monitor.end_step()
+        with self._evaluation_mode():
+            sides = [self._pair_log_ratios(self.model, batch) for batch in batches]
+        self.monitor.end_step()
         chosen, rejected = (torch.cat(side) for side in zip(*sides, strict=True))
         self._log_margins("held_out", chosen, rejected, self._metrics["eval"])
 
