@@ -354,11 +354,16 @@ MODES = {
     "within a rollout": {  # of four steps
         "training": {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 2},
     },
-    "dataset": {"upo": {"pairs": "dataset", "pairs_data": [{"path": "PAIRS"}], "pairs_batch_size": 2}},
+    "dataset": {"upo": {"pairs": "dataset", "pairs_data": [{"path": "PAIRS", "limit": 8}], "pairs_batch_size": 2}},
     "full, dataset, no reference model": {
         "adapter": None,
         "tune": {"scopes": ["attention"]},
-        "upo": {"pairs": "dataset", "pairs_data": [{"path": "PAIRS"}], "pairs_batch_size": 2, "kl_weight": 0.0},
+        "upo": {
+            "pairs": "dataset",
+            "pairs_data": [{"path": "PAIRS", "limit": 8}],
+            "pairs_batch_size": 2,
+            "kl_weight": 0.0,
+        },
     },
     "full": {"adapter": None, "tune": {"scopes": ["attention", "vision_experts"]}},
 }
