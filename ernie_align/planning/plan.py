@@ -102,7 +102,7 @@ def plan(
     return Plan(
         sizes_from,
         setting,
-        parameter_summary(architecture, STAGES[recipe.stage].scope(recipe, architecture)),
+        parameter_summary(architecture, STAGES[recipe.stage].trained_parameters(recipe, architecture)),
         needed,
         work(setting, architecture, shape, device, efficiency),
         device,

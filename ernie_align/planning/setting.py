@@ -66,7 +66,7 @@ class Workload:
     def of(cls, recipe: Recipe, architecture: Architecture, *, vision: float) -> Workload:
         """From a recipe and its model's table of parts. Raises ModelError where a scope matches nothing."""
         given = {key: recipe.training.get(key, default) for key, default in _DEFAULTS.items()}
-        trained = STAGES[recipe.stage].scope(recipe, architecture)
+        trained = STAGES[recipe.stage].trained_parameters(recipe, architecture)
         targets = tuple(item for item in trained if isinstance(item, Target))
         sizes: dict[str, int] = {}
         for item in trained:

@@ -15,6 +15,8 @@ from ernie_align.recipe import Recipe
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
+    from ernie_align.stages import Stage
+
 
 # What `accelerate launch` sets -> the distributed type that must come of it.
 _ASKED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
@@ -35,7 +37,7 @@ def configure_launch(
     state: PartialState,
     architecture: Architecture,
     *,
-    stage: str,
+    stage: Stage,
     adapters: bool,
     where: str,
     parallel: ParallelLayout | None = None,
@@ -50,7 +52,10 @@ def configure_launch(
     """
     asked, units = requested_sharding(), SHARDING_UNITS[architecture.family]
     if parallel:
-        parallel.validate(architecture, state.num_processes, stage=stage, adapters=adapters, where=where)
+        parallel.validate(architecture, state.num_processes, adapters=adapters, where=where)
+        if parallel.tp_size > 1 and not stage.supports_tensor_parallel:
+            fix = "leave --tp-size out, or train by stage: sft"
+            raise RunError.at("--tp-size", f"stage {stage.name} on matrices that are cut is not supported", fix=fix)
         if asked:
             what = f"{asked} was asked for beside it, and both would share out the same weights"
             raise RunError.at("--tp-size, --ep-size", what, fix="launch with ep, ddp_nodes or cpu")
@@ -73,7 +78,7 @@ def configure_launch(
         os.environ.setdefault("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", ",".join(units.experts))
 
 
-def configure_deepspeed(config: Any, architecture: Architecture, stage: str) -> None:
+def configure_deepspeed(config: Any, architecture: Architecture, stage: Stage) -> None:
     """Under DeepSpeed, between the trainer's arguments and the weights: refuse what it cannot do, and have the whole
     model loaded by every process, as it is everywhere else. DeepSpeed cuts it when it gets it with its adapters on.
 
@@ -85,11 +90,12 @@ def configure_deepspeed(config: Any, architecture: Architecture, stage: str) -> 
         return
     if plugin.zero_stage == 3 and architecture.has_vision:
         # a collective mismatch in the first step, or a wait for ever, on processes of which one alone sees images
-        what = f"stage {stage}" if stage in ("dpo", "upo") else "gradient_checkpointing"
-        if stage in ("dpo", "upo") or config.gradient_checkpointing:
+        supported = stage.supports_zero3_with_vision
+        what = "gradient_checkpointing" if supported else f"stage {stage.name}"
+        if not supported or config.gradient_checkpointing:
             why = "processes that see images and processes that see text would fetch weights in different orders"
             fix = "launch with fsdp2, ep or zero2"
-            fix += "" if stage in ("dpo", "upo") else ", or set training.gradient_checkpointing: false"
+            fix += ", or set training.gradient_checkpointing: false" if supported else ""
             raise RunError.at("launcher", f"ZeRO-3 with {what}, for a model that sees images", why=why, fix=fix)
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ernie_align.data.load import Encoder, SourceStats, encode_sample, encode_source, mix_sources
 from ernie_align.data.render import Renderer
@@ -20,10 +20,7 @@ from ernie_align.models.routing import ModalityTokens
 from ernie_align.models.trainable_parts import ParameterSummary, adapter_block_from_config, parameter_summary
 from ernie_align.recipe import Recipe, SourceBlock
 from ernie_align.recipe import load_recipe as judge_recipe
-from ernie_align.stages import STAGES, Stage
-
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+from ernie_align.stages import STAGES, Datasets, Stage
 
 
 @dataclass(frozen=True)
@@ -36,28 +33,6 @@ class Setup:
     parameter_summary: ParameterSummary
     renderer: Renderer
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Data:
-    """Encoded examples, what became of the rows, and the names of the rows.
-
-    beside: what else the stage reads, by name; counts: of train, of eval, then of these.
-    """
-
-    train: Dataset | IterableDataset
-    eval: Dataset | IterableDataset | None
-    beside: dict[str, Dataset]
-    counts: list[SourceStats]
-    sources: list[Source]
-
-    def row_name(self, source: int, row: int) -> str:
-        """Where the row behind an example stands: its file and line."""
-        return self.sources[source].row_name(row)
-
-    def first(self) -> dict[str, Any]:
-        """The first training example."""
-        return next(iter(self.train))
 
 
 def load_recipe(source: Any, *, overrides: Iterable[str] = (), stage: str | None = None) -> Recipe:
@@ -81,7 +56,7 @@ def set_up(recipe: Recipe) -> Setup:
         raise RecipeError.at(recipe.data.where("streaming"), "streaming without a number of steps", fix=fix)
     config = files.read_json("config.json")
     architecture = Architecture.from_config(config, where=block.where("name"))
-    trained = stage.scope(recipe, architecture)
+    trained = stage.trained_parameters(recipe, architecture)
     modality = ModalityTokens.from_config(config)
     sizes = ImageSizes.from_config(files.image_settings()) if modality else None
     renderer = make_renderer(files.tokenizer(), modality, sizes, thinking=recipe.data.thinking)
@@ -125,10 +100,10 @@ def resolve_adapter_base(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
 
 def _asked(setup: Setup) -> list[SourceSpec]:
     """Every source that the recipe names: of train, of eval, then what its stage reads beside."""
-    data, encode = setup.recipe.data, setup.stage.encode(setup.recipe, setup.renderer)
+    data, encode = setup.recipe.data, setup.stage.encoder(setup.recipe, setup.renderer)
     asked = [SourceSpec(part, block, encode) for part in ("train", "eval") for block in getattr(data, part)]
-    for part, beside in setup.stage.beside(setup.recipe, setup.renderer).items():
-        asked += [SourceSpec(part, block, beside.encode) for block in beside.sources]
+    for part, extra in setup.stage.extra_sources(setup.recipe, setup.renderer).items():
+        asked += [SourceSpec(part, block, extra.encode) for block in extra.sources]
     return asked
 
 
@@ -160,14 +135,14 @@ def sample_data(setup: Setup, rows: int) -> tuple[list[dict[str, Any]], list[Sou
     return examples, [count for _, count in judged]
 
 
-def prepare_data(setup: Setup, *, cache: Path | None = None) -> Data:
+def prepare_data(setup: Setup, *, cache: Path | None = None) -> Datasets:
     """Read, judge and encode the recipe's rows.
 
     cache: folder for the encoded rows, which otherwise stay in memory.
     Raises DataError where a source or a row is unsound.
     """
     recipe = setup.recipe
-    data, encode = recipe.data, setup.stage.encode(recipe, setup.renderer)
+    data, encode = recipe.data, setup.stage.encoder(recipe, setup.renderer)
     workers = recipe.training.get("dataset_num_proc")
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
@@ -189,8 +164,8 @@ def prepare_data(setup: Setup, *, cache: Path | None = None) -> Data:
     train = mix_sources(read(data.train, "train", streaming), data.train, seed=recipe.run.seed, streaming=streaming)
     held_out = read(data.eval, "eval", False)
     evaluated = mix_sources(held_out, data.eval, seed=recipe.run.seed) if held_out else None
-    beside = {
+    extra = {
         name: mix_sources(read(wanted.sources, name, False, wanted.encode), wanted.sources, seed=recipe.run.seed)
-        for name, wanted in setup.stage.beside(recipe, setup.renderer).items()
+        for name, wanted in setup.stage.extra_sources(recipe, setup.renderer).items()
     }
-    return Data(train, evaluated, beside, counts, sources)
+    return Datasets(train, evaluated, setup.renderer, sources, counts, extra)

@@ -21,6 +21,7 @@ from ernie_align.models.routing import ModalityTokens, moe_mm_token_type_ids
 from ernie_align.models.routing_stats import find_expert_pools
 from ernie_align.recipe import Recipe, to_yaml
 from ernie_align.runs.train import run
+from ernie_align.stages import STAGES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,7 +110,7 @@ class _Selfcheck:
 
     def _precision(self, whole: Path) -> Check:
         """As asked for, against float32; float32 against bfloat16."""
-        if self.recipe.stage == "upo":
+        if STAGES[self.recipe.stage].samples_completions:
             return Check("precision", "not applicable", "rollouts of two precisions are other texts")
         exact = self.recipe.model.dtype == "float32" and not any(self._mixed.values())
         dtype = "bfloat16" if exact else "float32"
@@ -134,7 +135,7 @@ class _Selfcheck:
         count, name = self.processes, "processes"
         if count == 1:
             return Check(name, "not applicable", "one device; --processes 2 compares two on the CPU")
-        if self.recipe.stage == "upo":
+        if STAGES[self.recipe.stage].samples_completions:
             return Check(name, "not applicable", "each process draws rollouts of its own")
         one, all_ = self.folder / "one", self.folder / "all"
         accumulation = self.recipe.training.get("gradient_accumulation_steps") or 1

@@ -29,7 +29,6 @@ from ernie_align.runs.distributed import (
 )
 from ernie_align.runs.prepare import Setup, prepare_data, set_up
 from ernie_align.runs.run_dir import RunDirectory, begin_together, latest_checkpoint
-from ernie_align.stages import Datasets
 from ernie_align.stages.base import inherited_defaults
 
 if TYPE_CHECKING:
@@ -95,14 +94,14 @@ def run(
     configure_launch(
         state,
         setup.architecture,
-        stage=recipe.stage,
+        stage=setup.stage,
         adapters=adapters,
         where=where,
         parallel=parallel,
-        beforehand=setup.stage.beforehand(recipe),
+        beforehand=setup.stage.needs_unsharded_model(recipe),
     )
     config = setup.stage.configure(recipe, recipe.run.dir)  # what TRL refuses is refused before anything is made
-    configure_deepspeed(config, setup.architecture, recipe.stage)
+    configure_deepspeed(config, setup.architecture, setup.stage)
     with handle_signals(directory) as signals:
         try:
             processes = RankGroup(collective_timeout(recipe))
@@ -149,7 +148,7 @@ def _train(
     unseen = sum(count.without_images for count in data.counts[: len(recipe.data.train)])
     if setup.parameter_summary.trains_only_vision and unseen:
         reporter.log(f"{unseen} training examples show no image: nothing in scope learns from them")
-    layout = setup.stage.layout(recipe, None if recipe.data.streaming else data.train["length"][:])
+    layout = setup.stage.batching_summary(recipe, None if recipe.data.streaming else data.train["length"][:])
     for line in layout:
         reporter.log(line)
     if is_main:
@@ -160,14 +159,13 @@ def _train(
         directory.write("preview.txt", format_preview(example))
 
     checkpoint = latest_checkpoint(directory, reporter, processes) if resume else None
-    why = setup.stage.beforehand(recipe)
+    why = setup.stage.needs_unsharded_model(recipe)
     if why and requested_sharding() == "FSDP":
         reporter.log(f"every process reads the whole model: {why}")
     bundle = load_for_training(setup, checkpoint, parallel)
-    batches = Datasets(data.train, data.eval, data.row_name, setup.renderer, data.beside)
     stop = GracefulStop(directory, signals, processes)
     callbacks = _callbacks(directory, bundle, recipe, reporter, stop)
-    trainer = stop.trainer = setup.stage.build_trainer(recipe, config, bundle, batches, callbacks)
+    trainer = stop.trainer = setup.stage.build_trainer(recipe, config, bundle, data, callbacks)
     trainer.remove_callback(PrinterCallback)  # it prints every log as a dict
     reporter.log(check_world(trainer.accelerator, trainer.model))
     kind = "packs" if recipe.training.get("packing") else "examples"
@@ -226,7 +224,7 @@ def load_for_training(setup: Setup, checkpoint: Path | None, parallel: ParallelL
         first_reads=rank0_loading_enabled(),
     )
     set_seed(setup.recipe.run.seed)  # a fresh adapter is drawn at random
-    trained = setup.stage.wrap(setup.recipe, bundle)
+    trained = setup.stage.prepare_model(setup.recipe, bundle)
     if parameter_summary(bundle.architecture, trained) != setup.parameter_summary:
         raise AssertionError("the loaded model trains something else than was shown")
     return bundle

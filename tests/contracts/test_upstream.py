@@ -141,16 +141,13 @@ def test_where_trainer_writes_checkpoints_and_whom_it_tells():
     """Every trainer of ours writes beside (models.seal); runs.keep names what is whole; runs.stopping saves itself."""
     from transformers import Trainer
 
-    from ernie_align.stages.dpo_trainer import PreferenceTrainer
-    from ernie_align.stages.sft_trainer import SupervisedTrainer
-    from ernie_align.stages.upo.forwards import WatchedTrainer
+    from ernie_align.stages.trainer import AlignmentTrainer
 
     assert list(inspect.signature(Trainer._get_output_dir).parameters) == ["self", "trial"]
     assert list(inspect.signature(Trainer._save_checkpoint).parameters) == ["self", "model", "trial"]
     assert "run_dir = self._get_output_dir(trial=trial)" in inspect.getsource(Trainer._save_checkpoint)
     assert "self.callback_handler.on_save(" in inspect.getsource(Trainer._maybe_log_save_evaluate)
-    for trainer in (SupervisedTrainer, PreferenceTrainer, WatchedTrainer):
-        assert "_get_output_dir" in vars(trainer)
+    assert "_get_output_dir" in vars(AlignmentTrainer)
     log = inspect.getsource(Trainer.log)  # as many lines of metrics.jsonl as Trainer remembers
     assert log.index("self.state.log_history.append(output)") < log.index("self.callback_handler.on_log(")
 
@@ -181,10 +178,10 @@ def test_trl_knows_the_loss_types_of_the_recipe():
 
     from trl import DPOTrainer
 
-    from ernie_align.stages.dpo import _OWN_LOSSES, LossType
+    from ernie_align.stages.dpo import _EXTRA_LOSSES, LossType
 
     known = re.findall(r'loss_type == "(\w+)"', inspect.getsource(DPOTrainer._compute_loss))
-    assert set(get_args(LossType)) == {*known, *_OWN_LOSSES}
+    assert set(get_args(LossType)) == {*known, *_EXTRA_LOSSES}
 
 
 def test_transformers_still_lets_documents_see_one_another(checkpoints):

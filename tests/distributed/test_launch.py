@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,7 @@ from ernie_align.models.distributed.layout import SHARDING_UNITS, ParallelLayout
 from ernie_align.runs.distributed import configure_launch
 from ernie_align.runs.launch import PROFILES, launch, launch_command, profile_path, profiles
 from ernie_align.runs.run_dir import RunDirectory
+from ernie_align.stages import STAGES
 from tests.support.multi_process import FSDP2
 from tests.support.runs import FAMILIES, ROOT, recipe_of
 
@@ -91,7 +93,7 @@ def test_fsdp_that_would_be_ddp_is_refused(checkpoints, monkeypatch):
 
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RunError, match="FSDP was asked for, and Accelerate makes NO of it on cpu"):
-        configure_launch(PartialState(), architecture, stage="sft", adapters=False, where="model.name")
+        configure_launch(PartialState(), architecture, stage=STAGES["sft"], adapters=False, where="model.name")
 
 
 @pytest.mark.parametrize(
@@ -108,8 +110,10 @@ def test_fsdp_that_would_be_ddp_is_refused(checkpoints, monkeypatch):
 )
 def test_what_cannot_be_dealt_out_is_refused(checkpoints, family, processes, sizes, stage, adapters, said):
     architecture = Architecture.from_config(json.loads((checkpoints[family] / "config.json").read_text()))
+    state = SimpleNamespace(num_processes=processes)
+    layout, where = ParallelLayout(**sizes), "model.name"
     with pytest.raises(AlignError, match=said):
-        ParallelLayout(**sizes).validate(architecture, processes, stage=stage, adapters=adapters, where="model.name")
+        configure_launch(state, architecture, stage=STAGES[stage], adapters=adapters, where=where, parallel=layout)
 
 
 def test_weights_are_shared_out_once(checkpoints, monkeypatch):
@@ -121,7 +125,7 @@ def test_weights_are_shared_out_once(checkpoints, monkeypatch):
         configure_launch(
             PartialState(),
             architecture,
-            stage="lora",
+            stage=STAGES["lora"],
             adapters=True,
             where="",
             parallel=ParallelLayout(ep_size=1, tp_size=1),
@@ -183,5 +187,5 @@ def test_the_first_process_reads_alone_unless_all_are_asked_beforehand(checkpoin
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "as it is given")
     architecture = Architecture.from_config(json.loads((checkpoints["vl_moe"] / "config.json").read_text()))
     state = SimpleNamespace(distributed_type=DistributedType.FSDP)
-    configure_launch(state, architecture, stage="dpo", adapters=False, where="", beforehand=beforehand)
+    configure_launch(state, architecture, stage=STAGES["dpo"], adapters=False, where="", beforehand=beforehand)
     assert rank0_loading_enabled() is found

@@ -169,15 +169,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(checkpoints, 
 def test_a_gradient_that_is_no_number_never_reaches_the_weights(checkpoints, text_rows, tmp_path):
     """The loss is finite; the weights would not be, and the next checkpoint would hold them."""
     from ernie_align.runs import load_recipe, prepare_data, set_up
-    from ernie_align.stages import Datasets
 
     setup = set_up(load_recipe(recipe_of("sft", checkpoints["dense"], text_rows, tmp_path / "run")))
     data = prepare_data(setup)
     bundle = load_model(str(checkpoints["dense"]), dtype="float32")
-    setup.stage.wrap(setup.recipe, bundle)
-    batches = Datasets(data.train, None, data.row_name, setup.renderer)
+    setup.stage.prepare_model(setup.recipe, bundle)
     config = setup.stage.configure(setup.recipe, str(tmp_path / "run"))
-    trainer = setup.stage.build_trainer(setup.recipe, config, bundle, batches, [])
+    trainer = setup.stage.build_trainer(setup.recipe, config, bundle, data, [])
     bundle.model.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = {name: value.clone() for name, value in bundle.model.state_dict().items()}
     with pytest.raises(RunError, match="step 1: the gradient is"):

@@ -125,7 +125,6 @@ def trainer_of(recipe):
     from ernie_align.models.load import load_model
     from ernie_align.runs import load_recipe
     from ernie_align.runs.prepare import prepare_data, set_up
-    from ernie_align.stages import Datasets
 
     setup = set_up(load_recipe(recipe))
     recipe = setup.recipe
@@ -133,10 +132,9 @@ def trainer_of(recipe):
     block = recipe.model
     bundle = load_model(block.name, dtype=block.dtype, attention=block.attention)
     torch.manual_seed(0)
-    setup.stage.wrap(recipe, bundle)
+    setup.stage.prepare_model(recipe, bundle)
     config = setup.stage.configure(recipe, recipe.run.dir)
-    batches = Datasets(data.train, data.eval, data.row_name, setup.renderer, data.beside)
-    trainer = setup.stage.build_trainer(recipe, config, bundle, batches, [])
+    trainer = setup.stage.build_trainer(recipe, config, bundle, data, [])
     trainer.model.train()
     with torch.no_grad():
         for parameter in trainer.model.parameters():

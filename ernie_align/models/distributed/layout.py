@@ -32,7 +32,7 @@ class ParallelLayout:
     tp_size: int = 1
     ep_size: int = 1
 
-    def validate(self, architecture: Architecture, processes: int, *, stage: str, adapters: bool, where: str) -> None:
+    def validate(self, architecture: Architecture, processes: int, *, adapters: bool, where: str) -> None:
         """Raises RunError where the processes cannot be dealt out so, ModelError where this model cannot.
 
         adapters: whether they are what is trained; where: what an error about the model should point at.
@@ -46,9 +46,6 @@ class ParallelLayout:
         if self.tp_size > 1 and adapters:
             fix = "leave --tp-size out: --ep-size works with adapters"
             raise RunError.at("--tp-size", "adapters on matrices that are cut are not supported", fix=fix)
-        if self.tp_size > 1 and stage not in ("sft", "lora"):
-            fix = "leave --tp-size out, or train by stage: sft"
-            raise RunError.at("--tp-size", f"stage {stage} on matrices that are cut is not supported", fix=fix)
         if self.tp_size > 1 and pools and self.ep_size == 1:
             fix = f"deal the experts out as well: --ep-size {self.tp_size}, or a multiple of it"
             raise RunError.at("--tp-size", "experts whose matrices are cut cannot be checkpointed", fix=fix)

@@ -31,8 +31,9 @@ _GB = 1e9
 
 
 class UpoStage(Stage):
+    """Rewards, rollouts and preference in one loop, images included."""
+
     name = "upo"
-    help = "Rewards, rollouts and preference in one loop, images included."
     recipe = UpoRecipe
     samples_completions = True
 
@@ -94,10 +95,7 @@ class UpoStage(Stage):
         )
 
     def preflight(self, recipe: UpoRecipe, architecture: Architecture, example: dict[str, Any]) -> list[str]:
-        """Call the rewards on two answers and estimate the memory of a rollout. Raises RunError if a reward fails.
-
-        example: from PromptEncoder.
-        """
+        """Call the rewards on two answers and estimate the memory of a rollout. Raises RunError if a reward fails."""
         return [*_try_rewards(recipe, example), _rollout_memory(recipe, architecture)]
 
     def build_trainer(
