@@ -52,34 +52,34 @@ def test_private_methods_that_are_overridden_or_called():
     assert '_metrics[mode]["mean_token_accuracy"].append' in source
 
 
-def test_what_the_rollout_trainers_override_or_call():
-    """stages.upo_rollouts stands between TRL's drawing of completions and TRL's policy loss."""
+def test_the_parts_of_trl_that_the_upo_trainer_overrides_or_calls():
+    """stages.upo.trainer sits between TRL's generation and TRL's policy loss."""
     from trl import GRPOConfig, GRPOTrainer
     from trl.trainer.utils import add_fused_lm_head, use_adapter
 
     def parameters(function):
         return list(inspect.signature(function).parameters)
 
-    drawn = ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"]
-    assert parameters(GRPOTrainer._generate_single_turn) == drawn
+    generation = ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"]
+    assert parameters(GRPOTrainer._generate_single_turn) == generation
     assert parameters(GRPOTrainer._prepare_inputs) == ["self", "generation_batch"]
     assert parameters(GRPOTrainer._compute_loss) == ["self", "model", "inputs"]
     forward = parameters(GRPOTrainer._get_per_token_logps_and_entropies)
     assert forward[:5] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep"]
     assert {"pixel_values", "image_grid_thw", "num_images"} <= set(forward)
-    assert parameters(use_adapter) == ["model", "adapter_name"]
+    assert parameters(use_adapter) == ["model", "adapter_name"]  # called by AlignmentTrainer
     assert {"temperature", "cast_lm_head_to_fp32"} <= set(parameters(add_fused_lm_head))
     loss = inspect.getsource(GRPOTrainer._compute_loss)
     for name in ("self.beta", "current_gradient_accumulation_steps", 'inputs["num_items_in_batch"]'):
-        assert name in loss  # what scales its parts, and so ours
+        assert name in loss  # they scale its terms, and so ours
     assert 'inputs.get("old_per_token_logps")' in loss and 'inputs["ref_per_token_logps"]' in loss
-    when = "gradient_accumulation_steps % generate_every != 0"  # when a rollout outlives its policy
+    when = "gradient_accumulation_steps % generate_every != 0"  # when the policy changes within a rollout
     assert when in inspect.getsource(GRPOTrainer._generate_and_score_completions)
-    drawing = inspect.getsource(GRPOTrainer._generate_single_turn)
-    assert "generation_config=self.generation_config" in drawing and "self.generation_kwargs" in drawing
-    assert "self.eos_token_ids" in drawing
+    generate = inspect.getsource(GRPOTrainer._generate_single_turn)
+    assert "generation_config=self.generation_config" in generate and "self.generation_kwargs" in generate
+    assert "self.eos_token_ids" in generate
     assert "_step" in inspect.getsource(GRPOTrainer.training_step)
-    # defaults by which a recipe is judged without importing TRL
+    # defaults that validate a recipe without importing TRL
     from ernie_align.stages.upo.recipe import _DEFAULTS
 
     fields = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
