@@ -95,6 +95,30 @@ class Datasets:
 
 
 @dataclass(frozen=True)
+class MemoryProfile:
+    """How a stage's training step uses memory; the defaults are those of supervised training.
+
+    sequences_per_row: sequences in a training forward for each row of per_device_train_batch_size (2: both sides of a
+    pair); min_sequences: sequences that must stay in one batch; shared_prompt: one sequence holds a prompt and both of
+    its answers; reference_forward: the reference model scores every batch, and with reference_in_step it does so while
+    the activations of the training forward are held; second_model: the reference is a second copy of the whole model;
+    adapter_copies: frozen copies of the trained adapter; completion_length: tokens generated for each prompt;
+    generations: completions of each prompt; batches_per_rollout: training batches that one rollout fills.
+    """
+
+    sequences_per_row: int = 1
+    min_sequences: int = 1
+    shared_prompt: bool = False
+    reference_forward: bool = False
+    reference_in_step: bool = False
+    second_model: bool = False
+    adapter_copies: int = 0
+    completion_length: int = 0
+    generations: int = 1
+    batches_per_rollout: int = 0
+
+
+@dataclass(frozen=True)
 class Stage:
     """One way to align a model.
 
@@ -122,6 +146,7 @@ class Stage:
     tried: Callable[[Any, Architecture, dict[str, Any]], list[str]] = nothing_to_try
     layout: Callable[[Any, list[int] | None], list[str]] = one_row_each
     beforehand: Callable[[Any], str] = nothing_beforehand
+    memory_profile: Callable[[Any], MemoryProfile] = lambda recipe: MemoryProfile()
 
 
 def validate_padding(training: Mapping[str, Any], *, flat: bool = False) -> None:

@@ -11,7 +11,14 @@ from pydantic import BaseModel, Field, model_validator
 from ernie_align.data.pairs import PairCollator, PairEncoder, SharedPromptCollator
 from ernie_align.recipe import Block
 from ernie_align.recipe.schema import fault
-from ernie_align.stages.base import RESERVED_BY_EVERY_STAGE, Datasets, Stage, trl_config, validate_padding
+from ernie_align.stages.base import (
+    RESERVED_BY_EVERY_STAGE,
+    Datasets,
+    MemoryProfile,
+    Stage,
+    trl_config,
+    validate_padding,
+)
 from ernie_align.stages.reference import PolicyRecipe, load_reference_model, precomputed_reference, scope, wrap
 from ernie_align.stages.trl_keys import DPO_CONFIG, training_model
 
@@ -270,6 +277,20 @@ def _build_trainer(
     )
 
 
+def _memory_profile(recipe: DpoRecipe) -> MemoryProfile:
+    asks_reference = not recipe.dpo.reference_free and recipe.dpo.reference == "auto"
+    sequences = 1 if recipe.dpo.shared_prompt else 2
+    return MemoryProfile(
+        sequences_per_row=sequences,
+        min_sequences=sequences,
+        shared_prompt=recipe.dpo.shared_prompt,
+        reference_forward=asks_reference,
+        reference_in_step=asks_reference,
+        second_model=asks_reference and recipe.adapter is None,
+        adapter_copies=int(recipe.continues_adapter),
+    )
+
+
 DPO = Stage(
     name="dpo",
     help="Preference training on chosen and rejected answers, images included.",
@@ -280,4 +301,5 @@ DPO = Stage(
     encode=_encode,
     build_trainer=_build_trainer,
     beforehand=_beforehand,
+    memory_profile=_memory_profile,
 )

@@ -11,7 +11,7 @@ from ernie_align.data.pairs import PairCollator, PairEncoder
 from ernie_align.data.prompts import PromptEncoder
 from ernie_align.errors import RecipeError
 from ernie_align.rewards import Reward, build_rewards, missing_columns
-from ernie_align.stages.base import Datasets, ExtraSources, Stage, trl_config
+from ernie_align.stages.base import Datasets, ExtraSources, MemoryProfile, Stage, trl_config
 from ernie_align.stages.reference import load_reference_model, precomputed_reference, scope, wrap
 from ernie_align.stages.upo.preflight import tried
 from ernie_align.stages.upo.recipe import UpoRecipe
@@ -134,6 +134,19 @@ def _refuse_unread_columns(rewards: list[Reward], rows: Dataset) -> None:
         raise RecipeError(*faults)
 
 
+def _memory_profile(recipe: UpoRecipe) -> MemoryProfile:
+    training = recipe.training
+    return MemoryProfile(
+        min_sequences=2,
+        reference_forward=recipe.upo.needs_reference,
+        second_model=_needs_second_model(recipe),
+        adapter_copies=int(recipe.continues_adapter),
+        completion_length=recipe.upo.max_completion_length,
+        generations=recipe.upo.num_generations,
+        batches_per_rollout=training.get("steps_per_generation") or training.get("gradient_accumulation_steps", 1),
+    )
+
+
 UPO = Stage(
     name="upo",
     help="Rewards, rollouts and preference in one loop, images included.",
@@ -146,4 +159,5 @@ UPO = Stage(
     beside=_beside,
     tried=tried,
     beforehand=_beforehand,
+    memory_profile=_memory_profile,
 )
