@@ -50,7 +50,8 @@ DOORS = {
     "lm_eval": ("evaluation",),
     "math_verify": ("rewards",),
     "jsonschema": ("rewards",),
-    "httpx2": ("rewards",),
+    "openai": ("rewards",),
+    "pebble": ("rewards",),
 }
 
 
