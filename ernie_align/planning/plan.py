@@ -113,9 +113,7 @@ def plan(
     return Plan(
         sizes_from=sizes_from,
         workload=workload,
-        parameter_summary=parameter_summary(
-            architecture, STAGES[recipe.stage].trained_parameters(recipe, architecture)
-        ),
+        parameter_summary=parameter_summary(architecture, trained),
         memory=memory,
         work=step_cost(workload, architecture, shape, device, efficiency),
         gpu=device,
