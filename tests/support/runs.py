@@ -109,12 +109,22 @@ def long_run(stage, checkpoints, family, rows, run_dir, **blocks):
 
 
 def stopped_after(step, run_dir, copy):
-    """What a run that was killed after a step has left: no final folder, no later checkpoint, metrics from beyond."""
+    """Copy a run as if it was killed after a step: no final folder, no later checkpoint, but later metrics."""
     shutil.copytree(run_dir, copy)
     shutil.rmtree(copy / "final")
     for checkpoint in copy.glob("checkpoint-*"):
         if int(checkpoint.name.removeprefix("checkpoint-")) > step:
             shutil.rmtree(checkpoint)
+
+
+def assert_same_run(run_dir, expected):
+    """Assert that two runs have logged the same losses and finished with the same weights, bit for bit."""
+    import torch
+
+    tensors, expected_tensors = tensors_of(run_dir / "final"), tensors_of(expected / "final")
+    assert logged(run_dir) == logged(expected)
+    assert tensors.keys() == expected_tensors.keys()
+    assert all(torch.equal(tensor, expected_tensors[name]) for name, tensor in tensors.items())
 
 
 def preference(question, chosen, rejected):
@@ -156,20 +166,3 @@ def stir(model):
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.02)
-
-
-class Reporter:
-    """Remembers what was said, and brings a callback of the test's own."""
-
-    def __init__(self, *callbacks):
-        self.lines = []
-        self.callbacks = list(callbacks)
-
-    def log(self, line):
-        self.lines.append(line)
-
-    def progress(self):
-        return self.callbacks
-
-    def __getattr__(self, name):
-        return lambda *args: None
