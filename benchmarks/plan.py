@@ -90,8 +90,7 @@ def plan_memory(recipe: Any) -> dict[str, float]:
     from ernie_align.models.architecture import Architecture
     from ernie_align.models.checkpoint_files import CheckpointFiles
     from ernie_align.planning.memory import estimate_memory
-    from ernie_align.planning.setting import Workload
-    from ernie_align.planning.shape import ModelShape
+    from ernie_align.planning.workload import ModelShape, Workload
     from ernie_align.runs import sample_data, set_up
 
     setup = set_up(recipe)

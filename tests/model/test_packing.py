@@ -12,9 +12,8 @@ import torch
 from ernie_align.data.collate import Collator, PaddingFreeCollator, model_inputs
 from ernie_align.data.formats import canonicalize
 from ernie_align.data.packing import best_fit_decreasing, padding_fraction
-from ernie_align.data.render import IGNORE_INDEX
+from ernie_align.data.render import IGNORE_INDEX, renderer_of
 from ernie_align.errors import ModelError, RecipeError
-from ernie_align.evaluation.generate import renderer_of
 from ernie_align.models.load import load_model
 from ernie_align.models.packed_attention import document_lengths, use_per_document_attention
 from tests.support.runs import FAMILIES, beside, logged, recipe_of, run_quietly, write_rows
