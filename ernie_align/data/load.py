@@ -104,13 +104,8 @@ def encode_source(
     stats = SourceStats(source.name, source.format)
     if source.streaming:
         return _encode_stream(source, encode, number, stats), stats
-    added = {
-        "rows": List(Value("int64")),
-        "dropped": Value("string"),
-        "fault": Value("string"),
-        "fix": Value("string"),
-    }
-    features = Features({**encode.features(), **added})
+    outcome_features = {name: Value("string") for name in ("dropped", "fault", "fix")}
+    features = Features({**encode.features(), "rows": List(Value("int64")), **outcome_features})
 
     def encode_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         columns: dict[str, list[Any]] = {name: [] for name in features}
@@ -135,7 +130,7 @@ def encode_source(
         cache_file_name=str(cache) if cache else None,
         new_fingerprint=f"ernie-align-{number}",
     )
-    return _select_kept(encoded, source, stats).remove_columns(["dropped", "fault", "fix"]), stats
+    return _select_kept(encoded, source, stats).remove_columns([*outcome_features]), stats
 
 
 def encode_sample(source: Source, encode: Encoder) -> tuple[list[dict[str, Any]], SourceStats]:
@@ -147,10 +142,8 @@ def encode_sample(source: Source, encode: Encoder) -> tuple[list[dict[str, Any]]
         outcome = _encode_row(source, values, encode)
         if outcome.fault is not None:
             faults.append((number, outcome.fault, outcome.fix))
-        elif outcome.dropped is not None:
-            stats.add_dropped(outcome.dropped, partial(source.row_name, number))
         else:
-            stats.add_kept(outcome.examples)
+            outcome.add_to(stats, partial(source.row_name, number))
             examples += outcome.examples
     _raise_faults(source, faults, stats)
     return examples, stats
@@ -190,6 +183,13 @@ class _Outcome(NamedTuple):
     dropped: str | None = None
     fault: str | None = None
     fix: str | None = None
+
+    def add_to(self, stats: SourceStats, row_name: Callable[[], str]) -> None:
+        """Add the row, which has no fault, to the statistics of its source."""
+        if self.dropped is not None:
+            stats.add_dropped(self.dropped, row_name)
+        else:
+            stats.add_kept(self.examples)
 
 
 def _encode_row(source: Source, values: dict[str, Any], encode: Encoder) -> _Outcome:
@@ -252,11 +252,7 @@ def _encode_stream(source: Source, encode: Encoder, number: int, stats: SourceSt
             outcome = _encode_row(source, values, encode)
             if outcome.fault is not None:
                 raise DataError.at(source.row_name(index, values), outcome.fault, fix=outcome.fix or "")
-            if outcome.dropped is not None:
-                stats.add_dropped(outcome.dropped, partial(source.row_name, index, values))
-                continue
-            stats.add_kept(outcome.examples)
-            for example in outcome.examples:
-                yield {**example, "rows": [number, index]}
+            outcome.add_to(stats, partial(source.row_name, index, values))
+            yield from ({**example, "rows": [number, index]} for example in outcome.examples)
 
     return IterableDataset.from_generator(examples)
