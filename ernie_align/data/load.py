@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ernie_align.data.render import Renderer
 
 MAX_NAMED_ROWS = 20  # faulty or dropped rows that are named, per reason
+# statistic of a source -> column of its examples that it is the sum of
+_SUMS = {"tokens": "length"} | {name: name for name in ("trained", "vision_tokens", "reasoning_left_out", "cut")}
 _SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled together
 
 
@@ -71,11 +73,8 @@ class SourceStats:
         self.kept += 1
         self.examples += len(examples)
         for example in examples:
-            self.tokens += example["length"]
-            self.trained += example["trained"]
-            self.vision_tokens += example["vision_tokens"]
-            self.reasoning_left_out += example["reasoning_left_out"]
-            self.cut += example["cut"]
+            for statistic, column in _SUMS.items():
+                setattr(self, statistic, getattr(self, statistic) + example[column])
             self.images += len(example["media"])
             self.without_images += not example["media"]
 
@@ -222,9 +221,8 @@ def _select_kept(encoded: Dataset, source: Source, stats: SourceStats) -> Datase
     faults = ((numbers[i].as_py(), table["fault"][i].as_py(), table["fix"][i].as_py()) for i in faulty)
     _raise_faults(source, faults, stats)
     stats.examples = len(kept)
-    stats.tokens, stats.trained, stats.vision_tokens, stats.reasoning_left_out, stats.cut = (
-        pc.sum(table[name]).as_py() for name in ("length", "trained", "vision_tokens", "reasoning_left_out", "cut")
-    )
+    for statistic, column in _SUMS.items():
+        setattr(stats, statistic, pc.sum(table[column]).as_py())
     images = pc.list_value_length(table["media"])
     stats.images, stats.without_images = pc.sum(images).as_py(), pc.sum(pc.equal(images, 0)).as_py()
     return encoded if len(kept) == len(encoded) else encoded.select(kept.to_pylist())

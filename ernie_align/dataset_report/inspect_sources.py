@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import copy
 import hashlib
 import json
@@ -11,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +27,6 @@ from ernie_align.errors import AlignError, DataError
 from ernie_align.recipe import DataBlock, SourceBlock
 
 _BATCH = 128  # rows that a worker gets at a time
-_AHEAD = 4  # batches per worker that are submitted before the first result is read
 
 # First code point of each range, and its script; "" is digits, signs and spaces.
 _RANGES = (
@@ -131,14 +129,8 @@ def _inspect_batches(inspector: RowInspector, total: int, workers: int) -> Itera
     # fork where that is safe, so that tokenizer and row places are shared and scripts need no __main__ guard
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_set_up_worker, initargs=(inspector,)) as pool:
-        futures: collections.deque[Future[SourceReport]] = collections.deque()
         try:
-            for batch in batches:
-                futures.append(pool.submit(_inspect_in_worker, *batch))
-                if len(futures) > _AHEAD * workers:
-                    yield futures.popleft().result()
-            while futures:
-                yield futures.popleft().result()
+            yield from pool.map(_inspect_in_worker, *zip(*batches, strict=True))
         except BrokenProcessPool:
             what = "a worker was killed, most likely because memory ran out"
             raise DataError.at(inspector.source.name, what, fix="use fewer --workers") from None
