@@ -85,7 +85,7 @@ class MathReward(_Reward):
 
 
 class FormatReward(_Reward):
-    """1 if the answer matches a regular expression, else 0; also 0 if matching takes over a second of computing."""
+    """1 if the answer matches a regular expression, within a second of computing; else 0."""
 
     name: Literal["format"]
     pattern: str = Field(description="Regular expression of Python's re; flags inline, such as (?s) or (?i)")
@@ -121,7 +121,7 @@ class ThinkingReward(_Reward):
 
 
 class JsonSchemaReward(_Reward):
-    """1 if the answer is JSON that validates against a JSON schema, else 0."""
+    """1 if the answer is JSON that validates against a JSON schema, within a second of computing; else 0."""
 
     name: Literal["json_schema"]
     against: Annotated[

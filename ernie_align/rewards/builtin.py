@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import sys
 import traceback
@@ -21,8 +20,7 @@ from ernie_align.rewards.completion import answer_text, reasoning_text
 from ernie_align.rewards.judge import judge
 from ernie_align.rewards.reward import Scorer, by_row, source_line
 
-_REGEX_SECONDS = 1.0  # of computing for one match; a pattern that takes longer is backtracking
-_FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.IGNORECASE)
+_PATTERN_SECONDS = 1.0  # of computing for one answer; a pattern that takes longer is backtracking
 
 
 def _exact_match(block: blocks.ExactMatchReward) -> Scorer:
@@ -67,10 +65,15 @@ def _math(block: blocks.MathReward) -> Scorer:
 
 def _format(block: blocks.FormatReward) -> Scorer:
     _require(block, "pebble")
-    verifier = sandbox.Sandbox(sandbox.regex_matches, seconds=_REGEX_SECONDS)
+    return _in_sandbox(sandbox.regex_matches, block.pattern, block.match == "full", warm_up="")
+
+
+def _in_sandbox(verify: Callable[..., float], *args: Any, warm_up: str) -> Scorer:
+    """Score `verify(answer, *args)`, where a pattern of the user's may backtrack forever."""
+    verifier = sandbox.Sandbox(verify, seconds=_PATTERN_SECONDS, warm_up=(warm_up, *args))
 
     def score(completion: Any) -> float | None:
-        return verifier.score(answer_text(completion), block.pattern, block.match == "full")
+        return verifier.score(answer_text(completion), *args)
 
     return replace(by_row(score), counts=lambda: verifier.counts)
 
@@ -84,43 +87,22 @@ def _thinking(block: blocks.ThinkingReward) -> Scorer:
 
 
 def _json_schema(block: blocks.JsonSchemaReward) -> Scorer:
-    """Score 1 for an answer that is strict JSON (no NaN, no Infinity) and valid against the schema, else 0.
-
-    A $ref to anything outside the schema is never fetched. Raises RecipeError if the schema itself is invalid.
-    """
-    _require(block, "jsonschema")
-    from jsonschema import Draft202012Validator
+    """Raises RecipeError if the schema itself is invalid, or refers to anything outside it."""
+    _require(block, "jsonschema", "pebble")
     from jsonschema.exceptions import SchemaError
-    from jsonschema.validators import validator_for
-    from referencing import Registry
     from referencing.exceptions import Unresolvable
 
     schema, where = block.schema_dict, block.where("against")
-    kind = validator_for(schema, default=Draft202012Validator)
     try:
-        kind.check_schema(schema)
-        validator = kind(schema, registry=Registry())
+        validator = sandbox.json_validator(schema)
+        validator.check_schema(schema)
         validator.is_valid({})
     except SchemaError as error:
         what, fix = f"invalid JSON schema: {error.message}", "correct the schema at this path"
         raise RecipeError.at(where, what, why=error.json_path, fix=fix) from None
     except Unresolvable as error:
         raise RecipeError.at(where, f"$ref {error.ref!r} is not in the schema", fix="move it into $defs") from None
-
-    def score(completion: Any) -> float:
-        answer = answer_text(completion)
-        fence = _FENCE.fullmatch(answer.strip()) if block.fenced else None
-        try:
-            value = json.loads(fence[1] if fence else answer, parse_constant=_refuse_constant)
-            return float(validator.is_valid(value))
-        except (ValueError, RecursionError):  # invalid JSON, too many digits, or nested too deeply
-            return 0.0
-
-    return by_row(score)
-
-
-def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
+    return _in_sandbox(sandbox.json_is_valid, schema, block.fenced, warm_up="{}")
 
 
 def _iou(block: blocks.IouReward) -> Scorer:
