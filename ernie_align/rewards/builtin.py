@@ -23,32 +23,18 @@ from ernie_align.rewards.reward import Scorer, by_row, source_line
 _PATTERN_SECONDS = 1.0  # of computing for one answer; a pattern that takes longer is backtracking
 
 
-def _exact_match(block: blocks.ExactMatchReward) -> Scorer:
-    def score(completion: Any, expected: Any) -> float:
-        return verifiers.exact_match(answer_text(completion), expected, ignore_case=block.ignore_case)
-
-    return by_row(score, block.column)
-
-
 def _contains(block: blocks.ContainsReward) -> Scorer:
-    def score(completion: Any, expected: Any = block.text) -> float:
-        return verifiers.contains(answer_text(completion), expected, ignore_case=block.ignore_case)
+    def score(answer: str, expected: Any = block.text) -> float:
+        return verifiers.contains(answer, expected, ignore_case=block.ignore_case)
 
     return by_row(score, *([block.column] if block.column else []))
 
 
 def _choice(block: blocks.ChoiceReward) -> Scorer:
-    def score(completion: Any, expected: Any, options: Any = None) -> float:
-        return verifiers.choice(answer_text(completion), expected, block.letters, options)
+    def score(answer: str, expected: Any, options: Any = None) -> float:
+        return verifiers.choice(answer, expected, block.letters, options)
 
     return by_row(score, block.column, *([block.options_column] if block.options_column else []))
-
-
-def _numeric(block: blocks.NumericReward) -> Scorer:
-    def score(completion: Any, expected: Any) -> float:
-        return verifiers.numeric(answer_text(completion), expected, absolute=block.absolute, relative=block.relative)
-
-    return by_row(score, block.column)
 
 
 def _math(block: blocks.MathReward) -> Scorer:
@@ -56,8 +42,8 @@ def _math(block: blocks.MathReward) -> Scorer:
     warm_up = ("$x^2 - 1$", "(x - 1)(x + 1)")
     verifier = sandbox.Sandbox(sandbox.math_equal, seconds=block.timeout, warm_up=warm_up)
 
-    def score(completion: Any, expected: Any) -> float | None:
-        scores = [verifier.score(answer_text(completion), text) for text in verifiers.expected_texts(expected)]
+    def score(answer: str, expected: Any) -> float | None:
+        scores = [verifier.score(answer, text) for text in verifiers.expected_texts(expected)]
         return max((score for score in scores if score is not None), default=None)
 
     return replace(by_row(score, block.column), counts=lambda: verifier.counts)
@@ -71,19 +57,7 @@ def _format(block: blocks.FormatReward) -> Scorer:
 def _in_sandbox(verify: Callable[..., float], *args: Any, warm_up: str) -> Scorer:
     """Score `verify(answer, *args)`, where a pattern of the user's may backtrack forever."""
     verifier = sandbox.Sandbox(verify, seconds=_PATTERN_SECONDS, warm_up=(warm_up, *args))
-
-    def score(completion: Any) -> float | None:
-        return verifier.score(answer_text(completion), *args)
-
-    return replace(by_row(score), counts=lambda: verifier.counts)
-
-
-def _thinking(block: blocks.ThinkingReward) -> Scorer:
-    def score(completion: Any) -> float:
-        answer, reasoning = answer_text(completion), reasoning_text(completion)
-        return verifiers.thinking(answer, reasoning, shortest=block.min or 1, longest=block.max)
-
-    return by_row(score)
+    return replace(by_row(lambda answer: verifier.score(answer, *args)), counts=lambda: verifier.counts)
 
 
 def _json_schema(block: blocks.JsonSchemaReward) -> Scorer:
@@ -106,8 +80,8 @@ def _json_schema(block: blocks.JsonSchemaReward) -> Scorer:
 
 
 def _iou(block: blocks.IouReward) -> Scorer:
-    def score(completion: Any, expected: Any) -> float:
-        given = [verifiers.to_corners(box, block.form) for box in verifiers.find_boxes(answer_text(completion))]
+    def score(answer: str, expected: Any) -> float:
+        given = [verifiers.to_corners(box, block.form) for box in verifiers.find_boxes(answer)]
         form = block.column_form or block.form
         right = [verifiers.to_corners(box, form) for box in verifiers.parse_boxes(expected)]
         return verifiers.grounding(given, right, threshold=block.threshold)
@@ -118,17 +92,16 @@ def _iou(block: blocks.IouReward) -> Scorer:
 def _length(block: blocks.LengthReward) -> Scorer:
     shortest, longest = block.target or block.min, block.target or block.max
 
-    def score(completion: Any, token_ids: Any = ()) -> float:
-        length = len(verifiers.split_units(answer_text(completion), token_ids, block.unit))
+    def score(answer: str, token_ids: Any = ()) -> float:
+        length = len(verifiers.split_units(answer, token_ids, block.unit))
         return verifiers.within_length(length, shortest=shortest, longest=longest, falloff=block.falloff)
 
     return by_row(score, *(["completion_ids"] if block.unit == "tokens" else []))
 
 
 def _repetition(block: blocks.RepetitionReward) -> Scorer:
-    def score(completion: Any, token_ids: Any = ()) -> float:
-        units = verifiers.split_units(answer_text(completion), token_ids, block.unit)
-        return verifiers.repetition(units, n=block.ngram)
+    def score(answer: str, token_ids: Any = ()) -> float:
+        return verifiers.repetition(verifiers.split_units(answer, token_ids, block.unit), n=block.ngram)
 
     return by_row(score, *(["completion_ids"] if block.unit == "tokens" else []))
 
@@ -213,13 +186,23 @@ def build_scorer(block: blocks.RewardBlock, cache: Path | None) -> Scorer:
 
 
 SCORERS: dict[str, Callable[[Any], Scorer]] = {
-    "exact_match": _exact_match,
+    "exact_match": lambda block: by_row(
+        lambda answer, expected: verifiers.exact_match(answer, expected, ignore_case=block.ignore_case), block.column
+    ),
     "contains": _contains,
     "choice": _choice,
-    "numeric": _numeric,
+    "numeric": lambda block: by_row(
+        lambda answer, expected: verifiers.numeric(answer, expected, absolute=block.absolute, relative=block.relative),
+        block.column,
+    ),
     "math": _math,
     "format": _format,
-    "thinking": _thinking,
+    "thinking": lambda block: by_row(
+        lambda completion: verifiers.thinking(
+            answer_text(completion), reasoning_text(completion), shortest=block.min or 1, longest=block.max
+        ),
+        reads_answer=False,
+    ),
     "json_schema": _json_schema,
     "iou": _iou,
     "length": _length,

@@ -181,7 +181,7 @@ def test_math(math_sandbox, answer, expected, score):
 
 
 def test_endless_math_is_interrupted_in_any_thread():
-    sandbox, scores = Sandbox(math_equal, seconds=0.5), []
+    sandbox, scores = Sandbox(math_equal, seconds=0.5, warm_up=("4", "4")), []
     assert sandbox.score("4", "4") == 1
     thread = threading.Thread(target=lambda: scores.append(sandbox.score("$9^{9^{9^{9}}}$", "3")))
     begun = time.monotonic()
