@@ -93,7 +93,6 @@ def trainer_of(arm: str, folder: Path, given: argparse.Namespace) -> Any:
     from ernie_align.models.load import load_model
     from ernie_align.runs import load_recipe
     from ernie_align.runs.prepare import prepare_data, set_up
-    from ernie_align.stages import Datasets
 
     setup = set_up(load_recipe(recipe(arm, folder, given)))
     data = prepare_data(setup)
@@ -101,13 +100,12 @@ def trainer_of(arm: str, folder: Path, given: argparse.Namespace) -> Any:
     for parameter in bundle.model.parameters():  # out of the file's pages, which the system takes back when it likes
         parameter.data = parameter.data.clone()
     set_seed(0)
-    setup.stage.wrap(setup.recipe, bundle)
+    setup.stage.prepare_model(setup.recipe, bundle)
     config = setup.stage.configure(setup.recipe, str(folder / arm))
     if arm == "plain":
         trainer = trls_own(bundle, config, data.train)
     else:
-        batches = Datasets(data.train, None, data.row_name, setup.renderer)
-        trainer = setup.stage.build_trainer(setup.recipe, config, bundle, batches, [])
+        trainer = setup.stage.build_trainer(setup.recipe, config, bundle, data, [])
     trainer.model.train()
     with torch.no_grad():
         for parameter in trainer.model.parameters():

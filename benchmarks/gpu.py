@@ -104,7 +104,7 @@ def loss_of(model: Any, batch: dict[str, Any], task: str, arm: str) -> Any:
     images = ImageFeatureCache(frozen=True)
 
     def logps() -> Any:
-        with images.shown(model) if ours else nullcontext():
+        with images.use(model) if ours else nullcontext():
             return scored(**batch, fused_lm_head=True, use_cache=False).log_probs
 
     if task == "sft":
@@ -119,7 +119,7 @@ def flops_per_token(architecture: Any, config: Any, task: str, checkpointing: bo
     """Of text: products with the weights that a token meets. The head meets every other one."""
     share = config.text_config.moe_k / config.text_config.moe_num_experts
     met = {"attention": 1, "dense_mlp": 1, "shared_experts": 1, "text_experts": share, "text_router": 1}
-    active = sum(part * sum(tensor.size for tensor in architecture.of(name)) for name, part in met.items())
+    active = sum(part * sum(tensor.size for tensor in architecture.by_part.get(name, [])) for name, part in met.items())
     active += config.text_config.vocab_size * config.text_config.hidden_size / 2
     passes = 2 + checkpointing + (task == "dpo")
     return 2 * passes * active

@@ -62,14 +62,14 @@ def share(model: Path, way: str) -> PreTrainedModel:
     """The model, loaded and shared by the processes that were started."""
     if way == "ep":
         return load_model(str(model), parallel=ParallelLayout(ep_size=torch.distributed.get_world_size())).model
-    first_reads = way == WAYS[1]
+    rank0_loading = way == WAYS[1]
     units = SHARDING_UNITS["vl_moe"]
-    told = {"FSDP_CPU_RAM_EFFICIENT_LOADING": str(first_reads).lower()}
+    told = {"FSDP_CPU_RAM_EFFICIENT_LOADING": str(rank0_loading).lower()}
     told["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(units.layers + units.routers)
     with gpus_on_the_cpu(**FSDP2 | told):
         from accelerate import Accelerator
 
-        kept = load_model(str(model), first_reads=first_reads).model.requires_grad_(False)
+        kept = load_model(str(model), rank0_loading=rank0_loading).model.requires_grad_(False)
         kept.model.language_model.norm.weight.requires_grad_(True)
         give_distinct_addresses(kept, in_float32=False)
         trained = [weight for weight in kept.parameters() if weight.requires_grad]

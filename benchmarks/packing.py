@@ -115,7 +115,7 @@ def work(arm: str, folder: Path, given: argparse.Namespace) -> None:
     data = prepare_data(setup)
     bundle = load_model(setup.recipe.model.name, dtype="float32")
     set_seed(0)
-    setup.stage.wrap(setup.recipe, bundle)
+    setup.stage.prepare_model(setup.recipe, bundle)
     pad = Collator(bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor)
 
     def padded(examples: list[dict[str, Any]]) -> dict[str, Any]:

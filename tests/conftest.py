@@ -42,7 +42,7 @@ def family(request) -> str:
 @pytest.fixture
 def renderers(checkpoints) -> dict[str, Any]:
     """family -> its renderer."""
-    from ernie_align.evaluation.generate import make_renderer
+    from ernie_align.data.render import make_renderer
     from ernie_align.models.checkpoint_files import CheckpointFiles
     from ernie_align.models.pixels import ImageSizes
     from ernie_align.models.routing import ModalityTokens

@@ -1,11 +1,11 @@
-"""The scripts a text is written in: what can be said of its languages without guessing."""
+"""Scripts of a text (Latin, Han, ...), which can be counted without guessing its language."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# First code point of each stretch of letters, and the script from there on; "" is digits, signs and spaces.
-_STRETCHES = (
+# First code point of each range, and its script; "" is digits, signs and spaces.
+_RANGES = (
     (0x0000, ""),
     (0x0041, "Latin"),
     (0x005B, ""),
@@ -51,13 +51,13 @@ _STRETCHES = (
     (0x20000, "Han"),
     (0x32000, ""),
 )
-_FIRST = np.array([first for first, _ in _STRETCHES], dtype=np.uint32)
-_NAMES = tuple(dict.fromkeys(name for _, name in _STRETCHES))
-_NUMBERS = np.array([_NAMES.index(name) for _, name in _STRETCHES])
+_FIRST = np.array([first for first, _ in _RANGES], dtype=np.uint32)
+_NAMES = tuple(dict.fromkeys(name for _, name in _RANGES))
+_NUMBERS = np.array([_NAMES.index(name) for _, name in _RANGES])
 
 
 def letters_by_script(text: str) -> dict[str, int]:
-    """Script -> how many of its letters the text holds; what is no letter is left out."""
+    """Count the letters of each script in a text; other characters are left out."""
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     counts = np.bincount(_NUMBERS[np.searchsorted(_FIRST, points, side="right") - 1], minlength=len(_NAMES))
     return {name: int(number) for name, number in zip(_NAMES, counts, strict=True) if name and number}

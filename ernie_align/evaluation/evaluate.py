@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ernie_align.data import media
+from ernie_align.data.render import renderer_of
 from ernie_align.errors import ModelError, RecipeError
 from ernie_align.evaluation import compare, runner
 from ernie_align.evaluation.drift import TextSnapshot, compare_text, load_held_out_text, take_text_snapshot
-from ernie_align.evaluation.generate import renderer_of
 from ernie_align.evaluation.metrics import Metric, build_metrics
 from ernie_align.evaluation.questions import Question, load_questions
 from ernie_align.evaluation.requirements import Requirement, parse_requirements

@@ -65,7 +65,7 @@ def pair_logps(
             continue
         batch = collate(chosen)
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
-        with ImageFeatureCache(frozen=True).shown(bundle.model, times=2):
+        with ImageFeatureCache(frozen=True).use(bundle.model, times=2):
             sides = answer_logps(bundle, batch, labels).view(2, -1).T.tolist()
         yield [(number, better, worse) for number, (better, worse) in zip(numbers, sides, strict=True)]
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from ernie_align.data import media
 from ernie_align.data.collate import Collator, model_inputs
-from ernie_align.data.render import Renderer
+from ernie_align.data.render import Renderer, renderer_of
 from ernie_align.data.row import Row, RowFault
 from ernie_align.data.sources import Source, iter_rows
 from ernie_align.errors import AlignError
-from ernie_align.evaluation.generate import Sampling, generate_answers, renderer_of
+from ernie_align.evaluation.generate import Sampling, generate_answers
 from ernie_align.models.load import Bundle
 from ernie_align.recipe import Recipe
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ernie_align.checkpoints import flush_to_disk
+from ernie_align.data.render import renderer_of
 from ernie_align.errors import AlignError, ExportError
-from ernie_align.evaluation.generate import renderer_of
 from ernie_align.exporting.parity import BOUNDS, Bound, Difference, Prompts, choose_prompts, compare, run_prompts
 from ernie_align.exporting.source import ExportSource
 from ernie_align.models.load import Bundle, load_model

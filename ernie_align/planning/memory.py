@@ -107,7 +107,7 @@ def _bits(tensor: ParameterSpec, workload: Workload) -> float:
 
 def _largest_layer(architecture: Architecture, workload: Workload) -> float:
     """Bytes of the largest layer with its adapters, and with their gradients until these are sharded again."""
-    adapters = {target.tensor.name: target.tensor.lora_size(target.rank) for target in workload.targets or ()}
+    adapters = {target.tensor.name: target.size for target in workload.targets or ()}
     layers: dict[tuple[str, int | None], float] = {}
     for tensor in architecture.tensors:
         size = 4.0 * adapters.get(tensor.name, 0) * (2 + workload.copies)

@@ -109,10 +109,11 @@ def plan(
     device = parse_gpu(gpu)
     memory = estimate_memory(workload, architecture, shape)
     fits = memory.peak <= device.memory
+    trained = STAGES[recipe.stage].trained_parameters(recipe, architecture)
     return Plan(
         sizes_from=sizes_from,
         workload=workload,
-        parameter_summary=parameter_summary(architecture, STAGES[recipe.stage].scope(recipe, architecture)),
+        parameter_summary=parameter_summary(architecture, trained),
         memory=memory,
         work=step_cost(workload, architecture, shape, device, efficiency),
         gpu=device,
@@ -206,7 +207,7 @@ def _lower_rank(workload: Workload) -> Variants:
         sizes: dict[str, int] = {}
         for target in targets:
             part = target.tensor.part
-            sizes[part] = sizes.get(part, 0) + target.tensor.lora_size(target.rank)
+            sizes[part] = sizes.get(part, 0) + target.size
         yield f"adapter.rank={rank}", replace(workload, targets=targets, trained=sizes)
 
 

@@ -242,11 +242,11 @@ class Workload:
         training = {key: recipe.training.get(key, default) for key, default in _TRAINING_DEFAULTS.items()}
         stage = STAGES[recipe.stage]
         profile = stage.memory_profile(recipe)
-        trained = stage.scope(recipe, architecture)
+        trained = stage.trained_parameters(recipe, architecture)
         targets = tuple(item for item in trained if isinstance(item, Target))
         sizes: dict[str, int] = {}
         for item in trained:
-            part, size = (item.tensor.part, item.tensor.lora_size(item.rank)) if targets else (item.part, item.size)
+            part, size = (item.tensor.part, item.size) if targets else (item.part, item.size)
             sizes[part] = sizes.get(part, 0) + size
         steps = recipe.training.get("max_steps")
         bytes_each = 2 if recipe.model.dtype == "bfloat16" else 4

@@ -234,8 +234,8 @@ def test_the_divergence_is_torchs_own(checkpoints, compared):
     """KL(first || other), token by token, from both models' logits on the page of text that comes along."""
     import torch
 
+    from ernie_align.data.render import renderer_of
     from ernie_align.evaluation.drift import load_held_out_text
-    from ernie_align.evaluation.generate import renderer_of
     from ernie_align.models.load import load_model
     from ernie_align.recipe.evaluation import RetentionBlock
 

@@ -253,7 +253,7 @@ def test_what_cannot_be_exported_says_why(checkpoints, adapters, run, tmp_path, 
         (unfinished, {}, "has not finished"),
         (unfinished / "checkpoint-2", {}, "incomplete checkpoint"),
         (checkpoints["dense"], {"what": "adapter"}, "a model without an adapter"),
-        (tmp_path / "here", {}, "holds no config.json"),
+        (tmp_path / "here", {}, "has no config.json"),
         (run, {"push": "nobody"}, "invalid repository name 'nobody'"),
         (run, {"push": "a/b"}, "you are not logged in"),
     ):
