@@ -1,4 +1,4 @@
-"""Verbs that make a folder to use elsewhere: export, tiny."""
+"""Commands that create a new folder: export, tiny."""
 
 from __future__ import annotations
 
@@ -9,18 +9,27 @@ import typer
 
 
 def export(
-    source: Annotated[str, typer.Argument(help="A run, its final, one of its checkpoints, an adapter or a model.")],
-    to: Annotated[Path, typer.Option(help="A new folder, which appears once it is proved.")],
-    what: Annotated[str, typer.Option(help="merged: the whole model; adapter: the adapter alone.")] = "merged",
-    shard_size: Annotated[str, typer.Option(help="Of the weight files.")] = "5GB",
+    source: Annotated[
+        str, typer.Argument(help="A run, its final folder, one of its checkpoints, an adapter or a model.")
+    ],
+    to: Annotated[Path, typer.Option(help="New folder; it appears after the export has been verified.")],
+    what: Annotated[str, typer.Option(help="merged: the whole model; adapter: only the adapter.")] = "merged",
+    shard_size: Annotated[str, typer.Option(help="Maximum size of a weight file.")] = "5GB",
     accumulate: Annotated[
-        str, typer.Option(help="float32: the adapter is added in float32, rounded once; native: as PEFT does.")
+        str, typer.Option(help="float32: add the adapter in float32 and round once; native: merge as PEFT does.")
     ] = "float32",
-    dtype: Annotated[str, typer.Option(help="Of the merged weights; auto: the base's own.")] = "auto",
-    bound: Annotated[float | None, typer.Option(help="Refuse beyond this; float32: 1e-5, bfloat16: KL 0.01.")] = None,
-    push: Annotated[str | None, typer.Option(help="Then upload it to this hub repository, owner/name.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the merged weights: bfloat16, float32, or auto for the base model's.")
+    ] = "auto",
+    bound: Annotated[
+        float | None,
+        typer.Option(help="Largest accepted difference of outputs; default: 1e-5 in float32, KL 0.01 in bfloat16."),
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="Afterwards upload the folder to this hub repository, owner/name.")
+    ] = None,
 ) -> None:
-    """Merge an adapter into its model, compare the two, and write a folder that serves."""
+    """Merge an adapter into its model, compare the outputs of both, and write a folder that inference engines load."""
     import ernie_align
     from ernie_align.report.console import Terminal, quiet_libraries
 
@@ -46,12 +55,16 @@ def export(
 
 
 def tiny(
-    kind: Annotated[str, typer.Argument(help="vl_moe, moe or dense: a checkpoint; digits: the handwritten digits.")],
-    folder: Annotated[Path, typer.Argument(help="A new folder.")],
-    preset: Annotated[str, typer.Option(help="tiny trains on a laptop; mini is for benchmarks.")] = "tiny",
-    seed: Annotated[int, typer.Option()] = 0,
+    kind: Annotated[
+        str, typer.Argument(help="vl_moe, moe or dense for a checkpoint, digits for the handwritten-digits task.")
+    ],
+    folder: Annotated[Path, typer.Argument(help="New folder.")],
+    preset: Annotated[
+        str, typer.Option(help="Size of the checkpoint: tiny trains on a laptop, mini is for benchmarks.")
+    ] = "tiny",
+    seed: Annotated[int, typer.Option(help="Seed for weights and rows.")] = 0,
 ) -> None:
-    """Make a tiny real checkpoint with random weights, or the handwritten-digits task. Offline."""
+    """Create a tiny checkpoint of a real model class with random weights, or the handwritten-digits task. Offline."""
     from ernie_align.report.console import quiet_libraries
     from ernie_align.tiny import PRESETS, make_checkpoint, make_digits
 
@@ -65,4 +78,4 @@ def tiny(
     else:
         quiet_libraries()
         make_checkpoint(kind, folder, preset=preset, seed=seed)
-    typer.echo(f"made {folder}")
+    typer.echo(f"created {folder}")

@@ -43,7 +43,7 @@ def test_check_shows_what_would_be_trained_and_makes_nothing(checkpoints, digits
     result = invoke("check", recipe, "adapter.scopes=[vision_experts]", "training.packing=true", "--rows", "20")
     assert result.exit_code == 0
     assert "vision_experts" in result.output and "6 of 6" in result.output
-    assert "<|IMAGE_PLACEHOLDER|>x4" in result.output and "the 20 rows that were judged" in result.output
+    assert "<|IMAGE_PLACEHOLDER|>x4" in result.output and "the 20 rows that were checked" in result.output
     assert "packing: 20 rows in" in result.output
     assert not (tmp_path / "run").exists()
 
@@ -106,7 +106,7 @@ def test_vision_scopes_on_a_text_model(checkpoints, text_rows, tmp_path, monkeyp
 def test_tiny_makes_new_folders_only(kind, tmp_path, monkeypatch, capsys):
     assert invoke("tiny", kind, tmp_path / "new").exit_code == 0
     code, told = run_main(monkeypatch, capsys, "tiny", kind, tmp_path / "new")
-    assert code == 1 and "holds something already" in told
+    assert code == 1 and "the folder is not empty" in told
     assert invoke("tiny", "huge", tmp_path / "other").exit_code == 2
 
 
@@ -120,7 +120,7 @@ def test_help_names_every_verb():
     assert all(verb in told for verb in verbs)
 
 
-@pytest.mark.parametrize("verb", [[], ["data"], ["data", "doctor"], *([name] for name in get_command(app).commands)])
+@pytest.mark.parametrize("verb", [[], ["data"], ["data", "doctor"], ["data", "check"], ["recipes", "copy"], *([name] for name in get_command(app).commands)])
 def test_every_verb_explains_itself(verb):
     """rich takes square brackets in a help text for markup, and stops at some."""
     told = invoke(*verb, "--help")

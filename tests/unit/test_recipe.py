@@ -70,26 +70,26 @@ def test_all_faults_at_once_each_with_its_place(tmp_path):
         "did you mean weight?",
         "did you mean learning_rate?",
     ]
-    assert found[3][1].what == "'many' where a whole number is wanted"
+    assert found[3][1].what == "expected a whole number, got 'many'"
 
 
 def test_wrong_types_are_refused_not_converted(tmp_path):
     (where, fault), *rest = faults(
         tmp_path, GOOD.replace("scopes: [attention, vision_experts]", 'scopes: [attention]\n  rank: "8"')
     )
-    assert (where, fault.what) == ("recipe.yaml:5:9  adapter.rank", "'8' where a whole number is wanted") and not rest
+    assert (where, fault.what) == ("recipe.yaml:5:9  adapter.rank", "expected a whole number, got '8'") and not rest
 
 
 def test_dropout_with_an_expert_scope(tmp_path):
     ((where, fault),) = faults(tmp_path, GOOD.replace("data:", "  dropout: 0.05\ndata:"))
     assert where == "recipe.yaml:5:12  adapter.dropout"
-    assert "0.05 with scope vision_experts" in fault.what and "drop vision_experts" in fault.fix
+    assert "0.05 with scope vision_experts" in fault.what and "remove vision_experts" in fault.fix
 
 
 @pytest.mark.parametrize("part", ["embeddings", "lm_head", "norms"])
 def test_parts_that_take_no_adapter(tmp_path, part):
     ((where, fault),) = faults(tmp_path, GOOD.replace("vision_experts", part))
-    assert where.endswith("adapter.scopes") and fault.what == f"{part} takes no adapter"
+    assert where.endswith("adapter.scopes") and fault.what == f"{part} cannot be adapted"
 
 
 def test_the_verb_and_the_stage_agree(tmp_path):
@@ -106,7 +106,7 @@ def test_a_block_of_another_stage_says_where_it_belongs(tmp_path):
 
 def test_a_missing_block(tmp_path):
     found = dict(faults(tmp_path, GOOD.replace("run: {dir: runs/x}\n", "")))
-    assert found["recipe.yaml:1:1  run"].what == "missing"
+    assert found["recipe.yaml:1:1  run"].what == "required key is missing"
 
 
 @pytest.mark.parametrize(
@@ -170,22 +170,22 @@ def test_scalars_are_those_of_yaml_1_2(text, value):
 
 def test_quoted_scalars_are_text(tmp_path):
     ((_, fault),) = faults(tmp_path, GOOD.replace("1e-4", "'1e-4'"))
-    assert fault.what == "'1e-4' where a number is wanted"
+    assert fault.what == "expected a number, got '1e-4'"
 
 
 def test_a_recipe_is_plain_data(tmp_path):
     ((where, fault),) = faults(tmp_path, GOOD.replace("x.jsonl", "!!python/object:os.system x"))
-    assert where == "recipe.yaml:6:18  data.train[0].path" and fault.what.startswith("tag ")
+    assert where == "recipe.yaml:6:18  data.train[0].path" and fault.what.startswith("the YAML tag ")
 
 
 def test_a_repeated_key_is_refused(tmp_path):
     ((where, fault),) = faults(tmp_path, GOOD + "run: {dir: runs/y}\n")
-    assert where == "recipe.yaml:10:1  run" and fault.what == "this key stands twice"
+    assert where == "recipe.yaml:10:1  run" and fault.what == "duplicate key"
 
 
 def test_broken_yaml_and_missing_files_have_a_place(tmp_path):
     ((where, fault),) = faults(tmp_path, "stage: [lora\n")
-    assert where.startswith("recipe.yaml:2:1") and fault.what.startswith("not YAML")
+    assert where.startswith("recipe.yaml:2:1") and fault.what.startswith("invalid YAML")
     with pytest.raises(RecipeError, match="no such recipe"):
         load_recipe(tmp_path / "none.yaml")
     ((where, _),) = faults(tmp_path, "- a\n")

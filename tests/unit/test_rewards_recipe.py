@@ -132,7 +132,7 @@ def test_all_faults_at_once_each_with_its_place(tmp_path):
     ("reward", "what"),
     [
         ("{name: contains, text: a, column: b}", "both column and text"),
-        ("{name: length}", "no bound is named"),
+        ("{name: length}", "no bound is given"),
         ("{name: length, target: 3, max: 4}", "target and max"),
         ("{name: thinking, min: 5, max: 4}", "min 5 is over max 4"),
         ("{name: json_schema, against: none.json}", "none.json cannot be read: No such file or directory"),
@@ -155,7 +155,7 @@ def test_keys_that_do_not_go_together(tmp_path, reward, what):
         (
             "{name: broken.py:f}",
             "6:12  rewards[0].name",
-            "broken.py is no Python: '(' was never closed (broken.py, line 1)",
+            "broken.py is not valid Python: '(' was never closed (broken.py, line 1)",
         ),
         (
             "{name: my_rewards.py:brevity, args: {sale: 3}}",

@@ -94,10 +94,10 @@ def test_keys_are_told_apart():
 
 
 def test_no_recipe_of_ours_is_refused():
-    from ernie_align.recipe.document import parse_document, refuse_secrets
+    from ernie_align.recipe.document import parse_document, reject_secrets
 
     for path in ROOT.glob("recipes/**/*.yaml"):
-        refuse_secrets(parse_document(path.read_text(), str(path)))
+        reject_secrets(parse_document(path.read_text(), str(path)))
 
 
 def test_a_run_directory_holds_no_secret_of_the_environment(checkpoints, text_rows, tmp_path, monkeypatch):
