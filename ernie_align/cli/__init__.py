@@ -9,7 +9,6 @@ import typer
 from ernie_align.cli import evaluation, making, recipes
 from ernie_align.cli.training import train_command
 from ernie_align.errors import AlignError, Interrupted, RecipeError, RunError
-from ernie_align.runs.launch import EXIT_STOPPED, report_exit_code
 from ernie_align.stages import STAGES
 
 app = typer.Typer(
@@ -38,17 +37,18 @@ for _panel, _commands in (("Inspect", _INSPECT), ("Create", _CREATE)):
         app.command(_name, rich_help_panel=_panel)(_command)
 app.add_typer(recipes.data, name="data", rich_help_panel="Inspect")
 
-# 4 is a missed requirement of eval or a failed selfcheck, 5 unusable rows in data check. 75 is sysexits' EX_TEMPFAIL,
+# Interrupted has its own, EXIT_STOPPED; 4 is a missed requirement of eval or a failed selfcheck, 5 unusable rows in data check. 75 is sysexits' EX_TEMPFAIL,
 # "try again"; 143 would not say whether a checkpoint was saved.
-_EXIT_CODES = {Interrupted: EXIT_STOPPED, RecipeError: 2, RunError: 3, AlignError: 1}
+_EXIT_CODES = {RecipeError: 2, RunError: 3, AlignError: 1}
 
 
 def main() -> None:
     """Run the command line. Print errors that the user can fix without a traceback."""
-    report_exit_code()
     try:
         app()
     except AlignError as error:
         typer.echo(str(error), err=True)
-        code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
-        sys.exit(report_exit_code(code))
+        from ernie_align.runs.launch import EXIT_STOPPED, report_exit_code
+
+        codes = {Interrupted: EXIT_STOPPED, **_EXIT_CODES}
+        sys.exit(report_exit_code(next(code for kind, code in codes.items() if isinstance(error, kind))))

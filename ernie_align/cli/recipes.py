@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from ernie_align.runs import load_recipe
 from ernie_align.stages import STAGES
 
 RecipePath = Annotated[
@@ -164,7 +163,7 @@ def data_check(
 
     quiet_libraries()
     terminal = Terminal()
-    loaded = load_recipe(recipe, overrides=overrides or ())
+    loaded = ernie_align.load_recipe(recipe, overrides=overrides or ())
     with terminal.reading() as tick:
         report = ernie_align.check_data(loaded, workers=workers, tick=tick)
     for part in tables(report):

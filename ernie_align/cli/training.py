@@ -9,8 +9,6 @@ from typing import Annotated
 import typer
 
 from ernie_align.cli.recipes import Overrides, RecipePath
-from ernie_align.runs import load_recipe
-from ernie_align.runs.launch import launch as start_processes
 from ernie_align.stages import Stage
 
 
@@ -41,8 +39,11 @@ def train_command(stage: Stage) -> Callable[..., None]:
         ep_size: Annotated[int, typer.Option(min=1, help="Expert parallelism: processes that split the experts.")] = 1,
     ) -> None:
         import ernie_align
+        from ernie_align.runs.launch import launch as start_processes
+        from ernie_align.runs.launch import report_exit_code
 
-        loaded = load_recipe(recipe, overrides=overrides or (), stage=stage.name)
+        report_exit_code()  # tells a launcher, if there is one, that this process has started
+        loaded = ernie_align.load_recipe(recipe, overrides=overrides or (), stage=stage.name)
         if launch is not None:
             arguments = [stage.name, str(recipe), *(overrides or ()), *(["--resume"] if resume else [])]
             sizes = {"--tp-size": tp_size, "--ep-size": ep_size}

@@ -139,7 +139,7 @@ MetricBlock = Annotated[
 
 
 class GenerationBlock(Block):
-    """How answers are generated. Each row has its own seed, so batch size and resuming do not change any answer."""
+    """Generation settings. Each row has its own seed, so batch size and resuming do not change any answer."""
 
     max_new_tokens: int = Field(256, ge=1, description="Maximum tokens of an answer")
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="0 is greedy")

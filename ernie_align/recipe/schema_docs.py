@@ -118,7 +118,7 @@ def _block(
 
 
 def _description(value: Mapping[str, Any], blocks: Mapping[str, Any]) -> str:
-    """Return a key's description, or that of its block if the key has none."""
+    """Return a key's description, or its block's description if it has none."""
     if "const" in value:
         return "Selects this block"
     if value.get("description"):

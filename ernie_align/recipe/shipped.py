@@ -24,7 +24,7 @@ def shipped_recipes() -> dict[str, tuple[Path, str]]:
 def copy_recipe(name: str, target: Path) -> list[Path]:
     """Copy a shipped recipe, and the JSON schema next to it for editors. Return the paths that were written.
 
-    Comments in the copy name its own path. Raises RecipeError if there is no such recipe or a file is in the way.
+    Comments in the copy name its own path. Raises RecipeError if the name is unknown or a file exists already.
     """
     recipes = shipped_recipes()
     name = name.removeprefix("recipes/").removesuffix(".yaml")

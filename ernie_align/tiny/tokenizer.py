@@ -41,7 +41,7 @@ def make_tokenizer(template: str, *, vision: bool, vocab_size: int = 640) -> Tok
     """Train a BPE tokenizer over sentencepiece-style pieces with byte fallback, like ERNIE 4.5's.
 
     template: `text` or `vl`, a chat template in this folder; vision: add image and video tokens; vocab_size: upper
-    bound, of which the page of text uses less.
+    bound; the page of text yields fewer tokens.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
