@@ -193,7 +193,7 @@ class EvalConfig(Block):
     @model_validator(mode="after")
     def _enough_samples(self) -> Self:
         for metric in self.metrics:
-            if isinstance(metric, PassAtKMetric) and max(metric.k) > self.generation.samples:
-                what = f"pass_at_k with k {max(metric.k)} needs more than {self.generation.samples} samples per row"
-                raise fault("metrics", what, fix=f"set generation.samples to {max(metric.k)} or more")
+            if isinstance(metric, PassAtKMetric) and (k := max(metric.k)) > self.generation.samples:
+                what = f"pass_at_k needs at least {k} samples per row, but generation.samples is {self.generation.samples}"
+                raise fault("metrics", what, fix=f"set generation.samples to {k} or more")
         return self

@@ -37,7 +37,7 @@ generation: {samples: 3}
     assert faults["plan.yaml:2:21  data[0].limitt"] == ("unknown key", "did you mean limit?")
     assert faults["plan.yaml:4:12  metrics[0].name"] == ("unknown metric 'exact_mach'", "did you mean exact_match?")
     assert faults["plan.yaml:5:29  metrics[1].threshold"][0] == "expected a number, got 'high'"
-    assert faults["plan.yaml:6:41  metrics[2].verifier"][0] == "perplexity verifies nothing"
+    assert faults["plan.yaml:6:41  metrics[2].verifier"][0] == "perplexity is not a verifier"
     assert "3 greedy samples are 3 times the same one" in faults["plan.yaml:7:23  generation.samples"][0]
 
 
@@ -45,8 +45,8 @@ generation: {samples: 3}
     ("changed", "told"),
     [
         ({"data": [{"path": "x/a.jsonl"}, {"path": "y/a.jsonl"}]}, "the name 'a.jsonl' is used twice"),
-        ({"metrics": [{"name": "pass_at_k", "k": [4], "verifier": {"name": "exact_match"}}]}, "k 4 and 1 samples"),
-        ({"data": [{"path": "a.jsonl", "instruction": "Answer."}]}, "an instruction without columns"),
+        ({"metrics": [{"name": "pass_at_k", "k": [4], "verifier": {"name": "exact_match"}}]}, "at least 4 samples per row"),
+        ({"data": [{"path": "a.jsonl", "instruction": "Answer."}]}, "instruction is given without columns"),
     ],
 )
 def test_what_does_not_fit_together(changed, told):
