@@ -37,8 +37,8 @@ for _panel, _commands in (("Inspect", _INSPECT), ("Create", _CREATE)):
         app.command(_name, rich_help_panel=_panel)(_command)
 app.add_typer(recipes.data, name="data", rich_help_panel="Inspect")
 
-# Interrupted has its own, EXIT_STOPPED; 4 is a missed requirement of eval or a failed selfcheck, 5 unusable rows in data check. 75 is sysexits' EX_TEMPFAIL,
-# "try again"; 143 would not say whether a checkpoint was saved.
+# 4 is a missed requirement of eval or a failed selfcheck, 5 unusable rows in data check. A stopped run exits with
+# EXIT_STOPPED, sysexits' "try again": 143 would not say whether a checkpoint was saved.
 _EXIT_CODES = {RecipeError: 2, RunError: 3, AlignError: 1}
 
 

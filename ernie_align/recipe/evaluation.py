@@ -194,6 +194,6 @@ class EvalConfig(Block):
     def _enough_samples(self) -> Self:
         for metric in self.metrics:
             if isinstance(metric, PassAtKMetric) and (k := max(metric.k)) > self.generation.samples:
-                what = f"pass_at_k needs at least {k} samples per row, but generation.samples is {self.generation.samples}"
+                what = f"pass_at_k needs at least {k} samples per row; generation.samples is {self.generation.samples}"
                 raise fault("metrics", what, fix=f"set generation.samples to {k} or more")
         return self

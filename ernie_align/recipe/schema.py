@@ -289,7 +289,7 @@ class DataBlock(Block):
     max_length: int = Field(4096, ge=8, description="Maximum tokens of a row, image tokens included")
     overlong: Literal["drop", "cut"] = Field(
         "drop",
-        description="Rows over max_length: drop them, or cut them after the last answer that fits (prompts: the oldest turns)",
+        description="Rows over max_length: drop, or cut after the last answer that fits (prompts: lose oldest turns)",
     )
     thinking: bool = Field(False, description="enable_thinking of the chat template; a row may override it")
     streaming: bool = Field(False, description="Read rows on demand; requires training.max_steps")

@@ -38,7 +38,7 @@ generation: {samples: 3}
     assert faults["plan.yaml:4:12  metrics[0].name"] == ("unknown metric 'exact_mach'", "did you mean exact_match?")
     assert faults["plan.yaml:5:29  metrics[1].threshold"][0] == "expected a number, got 'high'"
     assert faults["plan.yaml:6:41  metrics[2].verifier"][0] == "perplexity is not a verifier"
-    assert "3 greedy samples are 3 times the same one" in faults["plan.yaml:7:23  generation.samples"][0]
+    assert "3 greedy samples of a row are identical" in faults["plan.yaml:7:23  generation.samples"][0]
 
 
 @pytest.mark.parametrize(
