@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,13 +13,17 @@ def export(
         str, typer.Argument(help="A run, its final folder, one of its checkpoints, an adapter or a model.")
     ],
     to: Annotated[Path, typer.Option(help="New folder; it appears after the export has been verified.")],
-    what: Annotated[str, typer.Option(help="merged: the whole model; adapter: only the adapter.")] = "merged",
+    what: Annotated[
+        Literal["merged", "adapter"], typer.Option(help="The whole model, or only the adapter.")
+    ] = "merged",
     shard_size: Annotated[str, typer.Option(help="Maximum size of a weight file.")] = "5GB",
     accumulate: Annotated[
-        str, typer.Option(help="float32: add the adapter in float32 and round once; native: merge as PEFT does.")
+        Literal["float32", "native"],
+        typer.Option(help="float32: add the adapter in float32 and round once; native: merge as PEFT does."),
     ] = "float32",
     dtype: Annotated[
-        str, typer.Option(help="Dtype of the merged weights: bfloat16, float32, or auto for the base model's.")
+        Literal["auto", "bfloat16", "float32"],
+        typer.Option(help="Dtype of the merged weights; auto: the base model's."),
     ] = "auto",
     bound: Annotated[
         float | None,
@@ -33,13 +37,6 @@ def export(
     import ernie_align
     from ernie_align.report.console import Terminal, quiet_libraries
 
-    for option, value, known in (
-        ("--what", what, ("merged", "adapter")),
-        ("--accumulate", accumulate, ("float32", "native")),
-        ("--dtype", dtype, ("auto", "bfloat16", "float32")),
-    ):
-        if value not in known:
-            raise typer.BadParameter(f"choose from {', '.join(known)}", param_hint=option)
     quiet_libraries()
     ernie_align.export(
         source,
@@ -56,23 +53,19 @@ def export(
 
 def tiny(
     kind: Annotated[
-        str, typer.Argument(help="vl_moe, moe or dense for a checkpoint, digits for the handwritten-digits task.")
+        Literal["vl_moe", "moe", "dense", "digits"],
+        typer.Argument(help="Family of a checkpoint, or the handwritten-digits task."),
     ],
     folder: Annotated[Path, typer.Argument(help="New folder.")],
     preset: Annotated[
-        str, typer.Option(help="Size of the checkpoint: tiny trains on a laptop, mini is for benchmarks.")
+        Literal["tiny", "mini"], typer.Option(help="Size: tiny trains on a laptop, mini is for benchmarks.")
     ] = "tiny",
     seed: Annotated[int, typer.Option(help="Seed for weights and rows.")] = 0,
 ) -> None:
     """Create a tiny checkpoint of a real model class with random weights, or the handwritten-digits task. Offline."""
     from ernie_align.report.console import quiet_libraries
-    from ernie_align.tiny import PRESETS, make_checkpoint, make_digits
+    from ernie_align.tiny import make_checkpoint, make_digits
 
-    kinds = ("vl_moe", "moe", "dense", "digits")
-    if kind not in kinds:
-        raise typer.BadParameter(f"choose from {', '.join(kinds)}", param_hint="KIND")
-    if preset not in PRESETS:
-        raise typer.BadParameter(f"choose from {', '.join(PRESETS)}", param_hint="--preset")
     if kind == "digits":
         make_digits(folder, seed=seed)
     else:

@@ -23,10 +23,7 @@ def train_command(stage: Stage) -> Callable[..., None]:
         ] = False,
         launch: Annotated[
             str | None,
-            typer.Option(
-                metavar="PROFILE",
-                help="Train on several processes: cpu, ddp, fsdp2, ep, zero2, ..., or an accelerate config file.",
-            ),
+            typer.Option(metavar="PROFILE", help="Train on several processes: ddp, fsdp2, ep, ..., or a config file."),
         ] = None,
         processes: Annotated[
             int | None, typer.Option(min=1, help="Number of processes for --launch; default: the profile's.")

@@ -6,15 +6,12 @@ import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self, Union
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ernie_align.recipe.rewards import ANSWER_COLUMN, REWARDS, CustomReward, parse_named_block
-from ernie_align.recipe.schema import Block, Format, fault
+from ernie_align.recipe.schema import Block, Format, fault, scalar_or_list
 
-_Names = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[str], Tag("list")],
-    Discriminator(lambda value: "list" if isinstance(value, list) else "text"),
-]
+_Names = scalar_or_list(str, str)
 
 
 class ColumnsBlock(Block):
@@ -22,12 +19,8 @@ class ColumnsBlock(Block):
 
     question: str = Field(description="Column with the question")
     answer: str | None = Field(None, description="Column with the expected answer, or a list of correct ones")
-    options: _Names | None = Field(
-        None, description="Column with a list of options (or the list as JSON text), or one column for each option"
-    )
-    image: _Names | None = Field(
-        None, description="Column with a path, bytes, base64 or a list of these, or several such columns"
-    )
+    options: _Names | None = Field(None, description="Column with a list of options, also as JSON, or one per option")
+    image: _Names | None = Field(None, description="Column or columns with a path, bytes, base64 or a list of these")
 
 
 class DataSetBlock(Block):
@@ -97,9 +90,7 @@ class PassAtKMetric(_Metric):
     """Probability that at least one of k answers passes a verifier: the unbiased estimate from all samples."""
 
     name: Literal["pass_at_k"]
-    k: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[1], min_length=1, description="Number of answers of which at least one passes"
-    )
+    k: list[Annotated[int, Field(ge=1)]] = Field([1], min_length=1, description="Numbers of answers")
     verifier: MetricBlock = Field(description="A reward; an answer passes if its reward is 1")
 
     @field_validator("verifier")
@@ -142,7 +133,7 @@ class GenerationBlock(Block):
     """Generation settings. Each row has its own seed, so batch size and resuming do not change any answer."""
 
     max_new_tokens: int = Field(256, ge=1, description="Maximum tokens of an answer")
-    temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="0 is greedy")
+    temperature: float = Field(0.0, ge=0, description="0 is greedy")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: cumulative probability that is sampled from")
     samples: int = Field(1, ge=1, description="Answers per row")
     batch_size: int = Field(64, ge=1, description="Answers generated at once")
@@ -160,13 +151,9 @@ class GenerationBlock(Block):
 class RetentionBlock(Block):
     """Comparison with the first checkpoint beyond its answers: drift on text, and routing."""
 
-    text: list[DataSetBlock] = Field(
-        default_factory=list, description="Held-out text; default: a page of text from this package"
-    )
+    text: list[DataSetBlock] = Field(default_factory=list, description="Held-out text; default: a page of our own")
     tokens: int = Field(1024, ge=1, description="Maximum tokens of text whose distributions are compared")
-    routed_rows: int = Field(
-        32, ge=1, description="Number of rows, from the start of each data set, whose routing is compared"
-    )
+    routed_rows: int = Field(32, ge=1, description="Rows of each data set whose routing is compared")
 
 
 class EvalConfig(Block):
@@ -176,10 +163,7 @@ class EvalConfig(Block):
     metrics: list[MetricBlock] = Field(min_length=1, description="Metrics of the answers")
     generation: GenerationBlock = Field(default_factory=GenerationBlock)
     retention: RetentionBlock = Field(default_factory=RetentionBlock)
-    require: list[str] = Field(
-        default_factory=list,
-        description="Requirements, such as exact_match@test.jsonl/sum>=0.9; exit code 4 if one is missed",
-    )
+    require: list[str] = Field(default_factory=list, description="Such as exact_match@test.jsonl/sum>=0.9")
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

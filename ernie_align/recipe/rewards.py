@@ -18,14 +18,8 @@ from ernie_align.recipe.document import read_text_file
 from ernie_align.recipe.schema import Block, fault
 
 # Arguments that TRL passes to every reward function besides the columns of the rows.
-TRL_REWARD_ARGUMENTS = (
-    "prompts",
-    "completions",
-    "completion_ids",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
-    "environments",
+TRL_REWARD_ARGUMENTS = frozenset(
+    {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
 )
 
 # old name of a reward -> new name; the old one gets an error for one version
@@ -82,9 +76,7 @@ class _Reward(Block):
 
     name: str
     label: str | None = Field(None, min_length=1, description="Name of the reward in logs; default: its name")
-    weight: float = Field(
-        1.0, allow_inf_nan=False, description="Weight in the sum of rewards; negative for a penalty, 0 to log it only"
-    )
+    weight: float = Field(1.0, description="Weight in the sum of rewards; negative for a penalty, 0 to log it only")
 
 
 ANSWER_COLUMN = Field("answer", description="Row column with the expected answer, or a list of correct ones")
@@ -119,15 +111,9 @@ class ChoiceReward(_Reward):
     """1 if the answer chooses the expected letter of a multiple choice, else 0; an ambiguous answer gets 0."""
 
     name: Literal["choice"]
-    column: str = Field(
-        "answer", description="Row column with the letter, the number of the option counted from 0, or its text"
-    )
-    options_column: str | None = Field(
-        None, description="Row column with the texts of the options, in the order of the letters"
-    )
-    letters: str = Field(
-        "ABCDEFGHIJ", pattern="^[A-Z]{2,26}$", description="Valid letters if no options_column is given"
-    )
+    column: str = Field("answer", description="Row column with the letter, the option's number from 0, or its text")
+    options_column: str | None = Field(None, description="Row column with the options' texts, in order of the letters")
+    letters: str = Field("ABCDEFGHIJ", pattern="^[A-Z]{2,26}$", description="Valid letters without options_column")
 
 
 class NumericReward(_Reward):
@@ -152,9 +138,7 @@ class FormatReward(_Reward):
 
     name: Literal["format"]
     pattern: str = Field(description="Regular expression of Python's re module; write flags inline: (?s) or (?i)")
-    match: Literal["full", "search"] = Field(
-        "full", description="full: the whole answer must match; search: some part of it"
-    )
+    match: Literal["full", "search"] = Field("full", description="Match the whole answer (full), or a part (search)")
 
     @field_validator("pattern")
     @classmethod
@@ -226,14 +210,10 @@ class IouReward(_Reward):
 
     name: Literal["iou"]
     column: str = Field(
-        "boxes", description="Row column with one box of four numbers, a list of boxes, or either as text"
+        "boxes", description="Row column with a box of four numbers, a list of boxes, or either as text"
     )
-    form: Literal["xyxy", "xywh"] = Field(
-        "xyxy", description="Boxes in the answer: two corners (xyxy), or a corner with width and height (xywh)"
-    )
-    column_form: Literal["xyxy", "xywh"] | None = Field(
-        None, description="Form of the boxes in the column, if it differs from form"
-    )
+    form: Literal["xyxy", "xywh"] = Field("xyxy", description="Two corners, or a corner with width and height")
+    column_form: Literal["xyxy", "xywh"] | None = Field(None, description="Form in the column; default: form")
     threshold: float | None = Field(None, gt=0, le=1, description="A box counts 1 from this overlap on, below it 0")
 
 
@@ -245,9 +225,7 @@ class LengthReward(_Reward):
     target: int | None = Field(None, ge=1, description="Sets min and max to the same value")
     min: int | None = Field(None, ge=1, description="Minimum length in units")
     max: int | None = Field(None, ge=1, description="Maximum length in units")
-    falloff: int | None = Field(
-        None, ge=1, description="Units over which the reward falls from 1 to 0; default: the bound itself"
-    )
+    falloff: int | None = Field(None, ge=1, description="Units from the bound to reward 0; default: the bound itself")
 
     @model_validator(mode="after")
     def _some_bound(self) -> Self:
@@ -281,13 +259,11 @@ class JudgeReward(_Reward):
     api_key_env: str | None = Field(
         None, pattern="^[A-Za-z_][A-Za-z0-9_]*$", description="Environment variable with the API key"
     )
-    min_score: float = Field(0.0, allow_inf_nan=False, description="Score that maps to 0")
-    max_score: float = Field(10.0, allow_inf_nan=False, description="Score that maps to 1")
+    min_score: float = Field(0.0, description="Score that maps to 0")
+    max_score: float = Field(10.0, description="Score that maps to 1")
     images: bool = Field(False, description="Also send the prompt's images to the judge")
     temperature: float = Field(0.0, ge=0, description="Sampling temperature of the judge; 0 is greedy")
-    max_tokens: int | None = Field(
-        None, ge=1, description="Maximum tokens of the judge's reply; default: the endpoint's limit"
-    )
+    max_tokens: int | None = Field(None, ge=1, description="Maximum tokens of a reply; default: the endpoint's limit")
     concurrency: int = Field(8, ge=1, description="Maximum concurrent requests")
     timeout: float = Field(60.0, gt=0, description="Seconds until a request times out")
     retries: int = Field(4, ge=0, description="Retries of a request that failed, or whose reply contains no score")

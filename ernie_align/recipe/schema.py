@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 Part = Literal[
@@ -87,18 +87,21 @@ def _check_layers(layers: str | list[int] | None) -> str | list[int] | None:
     except ValueError as error:
         raise fault("", str(error), fix='write all, a range such as "8-20", or a list of numbers') from None
     if numbers is not None and (not numbers or min(numbers) < 0):
-        raise fault(
-            "",
-            "no layers are listed" if not numbers else f"layer {min(numbers)} does not exist",
-            fix="layers count from 0",
-        )
+        what = f"layer {min(numbers)} does not exist" if numbers else "no layers are listed"
+        raise fault("", what, fix="layers count from 0")
     return layers
 
 
-_Layers = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[int], Tag("list")],
-    Discriminator(lambda value: "list" if isinstance(value, list) else "text"),
-]
+def scalar_or_list(scalar: type, item: type) -> Any:
+    """Return the type of a key that holds a scalar or a list. A plain union would report the faults of both."""
+    return Annotated[
+        Annotated[scalar, Tag("scalar")] | Annotated[list[item], Tag("list")],
+        Discriminator(lambda value: "list" if isinstance(value, list) else "scalar"),
+    ]
+
+
+_Layers = Annotated[scalar_or_list(str, int), AfterValidator(_check_layers)]
+_PART_LAYERS = "Language-model layers, or blocks of the vision tower, of this part"
 
 
 class PartAdapter(Block):
@@ -106,40 +109,38 @@ class PartAdapter(Block):
 
     rank: int | None = Field(None, ge=1, description="Rank for this part; default: adapter.rank")
     alpha: float | None = Field(None, gt=0, description="Alpha for this part; default: adapter.alpha")
-    layers: _Layers | None = Field(
-        None, description="Layers of this part: language-model layers, or blocks of the vision tower"
-    )
-
-    _layers_are_layers = field_validator("layers")(_check_layers)
+    layers: _Layers | None = Field(None, description=_PART_LAYERS)
 
 
 class PartTune(Block):
     """Settings of one fully trained part."""
 
-    layers: _Layers | None = Field(
-        None, description="Layers of this part: language-model layers, or blocks of the vision tower"
-    )
-
-    _layers_are_layers = field_validator("layers")(_check_layers)
+    layers: _Layers | None = Field(None, description=_PART_LAYERS)
 
 
-def _shape(value: Any) -> str:
-    return "mapping" if isinstance(value, Mapping) else "text" if isinstance(value, str) else "list"
-
-
-def _some_scope(scopes: Any) -> Any:
+def _check_scopes(scopes: Any) -> Any:
     if not scopes:
         raise fault("", "no part is listed", fix="list at least one part, or write all")
     return scopes
+
+
+def _scopes(settings: type[Block]) -> Any:
+    """Return the type of `scopes`: all, a list of parts, or a mapping from part to its settings."""
+    kinds = {str: "text", dict: "mapping"}
+    return Annotated[
+        Annotated[Literal["all"], Tag("text")]
+        | Annotated[list[Part], Tag("list")]
+        | Annotated[dict[Part, settings | None], Tag("mapping")],
+        Discriminator(lambda value: kinds.get(type(value), "list")),
+        AfterValidator(_check_scopes),
+    ]
 
 
 class ModelBlock(Block):
     """The base model."""
 
     name: str = Field(description="Hub id (owner/name) or folder of a checkpoint in transformers' layout")
-    dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="Dtype of the loaded weights; routers stay in float32"
-    )
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Dtype of weights; routers stay in float32")
     revision: str = Field("main", description="Branch, tag or commit on the hub; ignored for a folder")
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field(
         "sdpa", description="transformers' attn_implementation"
@@ -149,21 +150,13 @@ class ModelBlock(Block):
 class AdapterBlock(Block):
     """LoRA adapters, scoped to parts of the model."""
 
-    scopes: Annotated[
-        Annotated[Literal["all"], Tag("text")]
-        | Annotated[list[Part], Tag("list")]
-        | Annotated[dict[Part, PartAdapter | None], Tag("mapping")],
-        Discriminator(_shape),
-    ] = Field(description="Part names, a mapping from part to its own rank, alpha and layers, or all")
+    scopes: _scopes(PartAdapter) = Field(description="Part names, or all, or part: {rank, alpha, layers} for each part")
     layers: _Layers = Field("all", description='Language-model layers: all, "8-20", or a list')
     rank: int = Field(16, ge=1, description="LoRA rank of every adapted matrix; each expert has its own")
     alpha: float = Field(32, gt=0, description="The LoRA update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter; must be 0 for experts and routers")
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead of alpha / rank")
     path: str | None = Field(None, description="Continue training the adapter in this folder instead of a new one")
-
-    _layers_are_layers = field_validator("layers")(_check_layers)
-    _scopes_name_something = field_validator("scopes")(_some_scope)
 
     @property
     def parts(self) -> dict[str, PartAdapter]:
@@ -205,16 +198,8 @@ class AdapterBlock(Block):
 class TuneBlock(Block):
     """Full fine-tuning of the listed parts: their own weights are trained."""
 
-    scopes: Annotated[
-        Annotated[Literal["all"], Tag("text")]
-        | Annotated[list[Part], Tag("list")]
-        | Annotated[dict[Part, PartTune | None], Tag("mapping")],
-        Discriminator(_shape),
-    ] = Field("all", description="Part names, a mapping from part to its own layers, or all")
+    scopes: _scopes(PartTune) = Field("all", description="Part names, or all, or part: {layers} for each part")
     layers: _Layers = Field("all", description='Language-model layers: all, "8-20", or a list')
-
-    _layers_are_layers = field_validator("layers")(_check_layers)
-    _scopes_name_something = field_validator("scopes")(_some_scope)
 
     @property
     def parts(self) -> dict[str, PartTune]:
@@ -248,9 +233,7 @@ class SourceBlock(Block):
     config: str | None = Field(None, description="Configuration of the hub dataset")
     split: str = Field("train", description="Split of the hub dataset")
     format: Format | None = Field(None, description="Row format of this source; default: data.format")
-    weight: float = Field(
-        1.0, gt=0, description="How often each row is seen per epoch: 0.5 a random half of the rows, 2.0 each row twice"
-    )
+    weight: float = Field(1.0, gt=0, description="Times each row is seen per epoch: 0.5 is a random half of the rows")
     limit: int | None = Field(None, ge=1, description="Use only the first rows, at most this many")
 
     @property
@@ -271,19 +254,12 @@ class DataBlock(Block):
 
     train: list[SourceBlock] = Field(min_length=1, description="Sources of training rows, mixed by weight")
     eval: list[SourceBlock] = Field(default_factory=list, description="Held-out rows, evaluated at the end of the run")
-    format: Literal["auto"] | Format = Field(
-        "auto", description="Row format; auto detects the format of each source and logs it"
-    )
+    format: Literal["auto"] | Format = Field("auto", description="Row format; auto detects it for each source")
     media_root: str | None = Field(
         None, description="Folder of the images, which paths may not leave; default: the folder of the source's file"
     )
-    media_folders: list[str] = Field(
-        default_factory=list, description="More folders whose images may be read, such as the targets of symbolic links"
-    )
-    allow_urls: Annotated[
-        Annotated[bool, Tag("switch")] | Annotated[list[str], Tag("hosts")],
-        Discriminator(lambda value: "hosts" if isinstance(value, list) else "switch"),
-    ] = Field(
+    media_folders: list[str] = Field(default_factory=list, description="More folders from which images may be read")
+    allow_urls: scalar_or_list(bool, str) = Field(
         False, description="Fetch images that rows give by URL: true allows public addresses, a list only these hosts"
     )
     max_length: int = Field(4096, ge=8, description="Maximum tokens of a row, image tokens included")
