@@ -26,7 +26,7 @@ from ernie_align.evaluation.runner import Figure, Result
 from ernie_align.models.checkpoint_files import CheckpointFiles
 from ernie_align.models.environment import environment
 from ernie_align.models.load import load_model
-from ernie_align.recipe.evaluation import Plan
+from ernie_align.recipe.evaluation import EvalConfig
 from ernie_align.recipe.load import load_block
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Evaluation:
 class _Work:
     """What is the same for every checkpoint. folder: where answers are kept, if anywhere."""
 
-    plan: Plan
+    plan: EvalConfig
     questions: list[Question]
     measures: list[Metric]
     ways: dict[str, list[int]]
@@ -76,9 +76,9 @@ class _Pictures:
     routing: RoutingSnapshot | None
 
 
-def load_eval_config(source: str | Path | Mapping[str, Any]) -> Plan:
+def load_eval_config(source: str | Path | Mapping[str, Any]) -> EvalConfig:
     """A YAML file, or a mapping -> a frozen plan. Raises RecipeError with every fault, each with its place."""
-    return load_block(source, Plan, name="plan")
+    return load_block(source, EvalConfig, name="eval config")
 
 
 def make_eval_config(
@@ -90,7 +90,7 @@ def make_eval_config(
     limit: int | None = None,
     require: Sequence[str] = (),
     **generation: Any,
-) -> Plan:
+) -> EvalConfig:
     """A plan in a line: files, names of metrics, and keys of `generation`. Raises RecipeError."""
     files = [str(data)] if isinstance(data, (str, Path)) else [str(file) for file in data]
     names = [metrics] if isinstance(metrics, str) else metrics
@@ -109,7 +109,7 @@ def evaluate(
     checkpoints: str | Path | Sequence[str | Path],
     data: str | Path | Iterable[str | Path] | None = None,
     *,
-    plan: Plan | str | Path | Mapping[str, Any] | None = None,
+    plan: EvalConfig | str | Path | Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     dtype: str = "auto",
     tick: Tick = lambda name, done, total: None,
@@ -117,7 +117,7 @@ def evaluate(
 ) -> Evaluation:
     """Ask checkpoints (models, adapters, checkpoints of runs) the same questions, and compare them with the first.
 
-    data, flags: a plan in a line, as short_plan takes it; plan: instead, a Plan, its file, or a mapping;
+    data, flags: a plan in a line, as short_plan takes it; plan: instead, a EvalConfig, its file, or a mapping;
     out: a folder for report.json, scores.jsonl and what each checkpoint said, by which a stopped evaluation goes on; or
     a .json file for the report alone; tick: told a checkpoint's name, the rows done and all of them.
     Raises RecipeError for a faulty plan, DataError for rows that cannot be measured, RunError where `out` holds other
@@ -126,7 +126,7 @@ def evaluate(
     if (plan is None) == (data is None):
         raise RecipeError.at("plan", "neither data nor plan" if plan is None else "both data and plan", fix="give one")
     judged = (
-        make_eval_config(data, **flags) if plan is None else plan if isinstance(plan, Plan) else load_eval_config(plan)
+        make_eval_config(data, **flags) if plan is None else plan if isinstance(plan, EvalConfig) else load_eval_config(plan)
     )
     folder = None if out is None or str(out).endswith(".json") else Path(out)
     listed = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
@@ -202,7 +202,7 @@ def _weights(checkpoint: str) -> str:
     return base.fingerprint(adapter=checkpoint)
 
 
-def _pictures(bundle: Bundle, plan: Plan, questions: Sequence[Question]) -> _Pictures:
+def _pictures(bundle: Bundle, plan: EvalConfig, questions: Sequence[Question]) -> _Pictures:
     renderer = renderer_of(bundle)
     text = take_text_snapshot(bundle, renderer, load_held_out_text(plan.retention), tokens=plan.retention.tokens)
     asked = first_of_each(questions, plan.retention.routed_rows)
@@ -219,7 +219,7 @@ def _against(first: _Pictures | None, own: _Pictures | None) -> dict[str, Any]:
 
 
 def _report(
-    plan: Plan,
+    plan: EvalConfig,
     measures: Sequence[Metric],
     questions: Sequence[Question],
     groups: dict[tuple[str, str], list[int]],

@@ -56,7 +56,7 @@ class Metric:
         return math.exp(figure) if self.is_log else figure
 
 
-def build_metrics(plan: blocks.Plan, *, cache: Path | None = None) -> list[Metric]:
+def build_metrics(plan: blocks.EvalConfig, *, cache: Path | None = None) -> list[Metric]:
     """The measures of a plan, in its order; one metric may give several.
 
     cache: folder in which judges keep their verdicts. Raises RecipeError where two have the same name, or where a

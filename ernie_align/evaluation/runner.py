@@ -17,7 +17,7 @@ from ernie_align.evaluation.metrics import Metric, Outcome
 from ernie_align.evaluation.questions import Question
 from ernie_align.evaluation.response_cache import ResponseCache
 from ernie_align.models.load import Bundle
-from ernie_align.recipe.evaluation import GenerationBlock, Plan
+from ernie_align.recipe.evaluation import GenerationBlock, EvalConfig
 
 Tick = Callable[[int, int], None]
 Table = dict[str, list[Part | None]]  # measure -> of each question
@@ -83,7 +83,7 @@ def ask(
     renderer: Renderer,
     questions: Sequence[Question],
     ways: dict[str, list[int]],
-    plan: Plan,
+    plan: EvalConfig,
     ledger: ResponseCache,
     tick: Tick = lambda done, total: None,
 ) -> int:

@@ -35,18 +35,18 @@ generation: {samples: 3}
 """
     faults = {where: (what, fix) for where, what, fix in faults_of(tmp_path, text)}
     assert faults["plan.yaml:2:21  data[0].limitt"] == ("unknown key", "did you mean limit?")
-    assert faults["plan.yaml:4:12  metrics[0].name"] == ("'exact_mach' is no metric", "did you mean exact_match?")
-    assert faults["plan.yaml:5:29  metrics[1].threshold"][0] == "'high' where a number is wanted"
-    assert faults["plan.yaml:6:41  metrics[2].verifier"][0] == "perplexity verifies nothing"
-    assert "3 greedy samples are 3 times the same one" in faults["plan.yaml:7:23  generation.samples"][0]
+    assert faults["plan.yaml:4:12  metrics[0].name"] == ("unknown metric 'exact_mach'", "did you mean exact_match?")
+    assert faults["plan.yaml:5:29  metrics[1].threshold"][0] == "expected a number, got 'high'"
+    assert faults["plan.yaml:6:41  metrics[2].verifier"][0] == "perplexity is not a verifier"
+    assert "3 greedy samples of a row are identical" in faults["plan.yaml:7:23  generation.samples"][0]
 
 
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"data": [{"path": "x/a.jsonl"}, {"path": "y/a.jsonl"}]}, "the name 'a.jsonl' stands twice"),
-        ({"metrics": [{"name": "pass_at_k", "k": [4], "verifier": {"name": "exact_match"}}]}, "k 4 and 1 samples"),
-        ({"data": [{"path": "a.jsonl", "instruction": "Answer."}]}, "an instruction without columns"),
+        ({"data": [{"path": "x/a.jsonl"}, {"path": "y/a.jsonl"}]}, "the name 'a.jsonl' is used twice"),
+        ({"metrics": [{"name": "pass_at_k", "k": [4], "verifier": {"name": "exact_match"}}]}, "at least 4 samples per row"),
+        ({"data": [{"path": "a.jsonl", "instruction": "Answer."}]}, "instruction is given without columns"),
     ],
 )
 def test_what_does_not_fit_together(changed, told):
@@ -234,8 +234,8 @@ def test_the_divergence_is_torchs_own(checkpoints, compared):
     """KL(first || other), token by token, from both models' logits on the page of text that comes along."""
     import torch
 
-    from ernie_align.data.render import renderer_of
     from ernie_align.evaluation.drift import load_held_out_text
+    from ernie_align.evaluation.generate import renderer_of
     from ernie_align.models.load import load_model
     from ernie_align.recipe.evaluation import RetentionBlock
 
