@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,25 @@ MANIFEST = "complete.json"  # name -> {"size": bytes, "sha256": [of each piece]}
 _PIECE = 2**30  # bytes: a file is hashed piece by piece, so that one file of many GB keeps all threads busy
 _THREADS = 8
 _READ = 2**20  # bytes at a time
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; on success, flush that file to disk and rename it to `path`.
+
+    A reader sees the old file or the new one, never half of one. Creates the folder. Raises OSError if a write fails.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    yield partial
+    flush_to_disk(partial)
+    partial.replace(path)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 through `atomic_path`."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def partial_checkpoint(folder: str | Path) -> Path:

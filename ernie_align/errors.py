@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 # What a row or a path may hold and a terminal must not be handed: controls, and halves of characters.
 _CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
+_MAX_CHOICES = 16  # a longer list of valid names does not help the reader of an error
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,20 @@ _KEYS = re.compile(r"(?i)(.*_)?(token|api_?key|access_?key|secret(_?key)?|passwo
 # of a tokenizer, which has tokens of another kind
 _OTHER_TOKENS = re.compile(r"(?i)(pad|eos|bos|unk|sep|cls|mask|image|video|audio|stop|start|end|special)_token")
 _SHORTEST = 8  # characters of an environment variable that are hidden wherever they stand: shorter ones are words
+
+
+def did_you_mean(word: str, choices: Iterable[str], *, otherwise: str = "") -> str:
+    """Return the next move after an unknown name: the closest valid name, or all of them.
+
+    otherwise: returned instead of a list of more than 16 names.
+    """
+    choices = [choice for choice in choices if choice]
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]}?"
+    if otherwise and len(choices) > _MAX_CHOICES:
+        return otherwise
+    return f"choose from {', '.join(choices)}" if choices else otherwise
 
 
 def find_secret(text: str) -> str | None:

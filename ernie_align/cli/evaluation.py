@@ -11,11 +11,18 @@ import typer
 def evaluate_(
     checkpoints: Annotated[
         list[str],
-        typer.Argument(help="Models, adapters or checkpoints; the first is what the others are compared with."),
+        typer.Argument(help="Models, adapters or checkpoints of runs."),
     ],
     plan: Annotated[Path | None, typer.Option(help="What to ask and measure: a YAML file as in recipes/eval.")] = None,
     data: Annotated[
         list[Path] | None, typer.Option(help="Instead of a plan, a file of rows with known answers; several are fine.")
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare every other checkpoint with this one. Default: an adapter with its base model if that is "
+            "listed, any other checkpoint with the first one."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -65,10 +72,10 @@ def evaluate_(
             thinking=thinking,
         )
     with terminal.counting() as tick:
-        evaluation = evaluate(checkpoints, plan=judged, out=out, tick=tick)
+        evaluation = evaluate(checkpoints, config=judged, baseline=baseline, out=out, tick=tick)
     for result in evaluation.results:
-        pace = f"{result.asked / result.seconds:.1f} a second" if result.asked else "every one was there already"
-        terminal.log(f"{result.checkpoint}: {result.asked} answers in {result.seconds:.1f} s, {pace}")
+        speed = f"{result.new_responses / result.seconds:.1f} per second" if result.new_responses else "all were cached"
+        terminal.log(f"{result.checkpoint}: {result.new_responses} responses in {result.seconds:.1f} s, {speed}")
     for table in tables(evaluation):
         terminal.console.print(table)
     if out is not None:

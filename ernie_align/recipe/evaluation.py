@@ -168,7 +168,7 @@ class RetentionBlock(Block):
     routed_rows: int = Field(32, ge=1, description="Rows whose routing is compared, the first ones of each data set")
 
 
-class Plan(Block):
+class EvalConfig(Block):
     """An evaluation: every checkpoint is asked the same rows in the same way."""
 
     data: list[DataSetBlock] = Field(min_length=1, description="The files that are asked")

@@ -28,7 +28,7 @@ def test_a_missed_requirement_is_exit_code_4(checkpoints, text_rows, tmp_path):
     missed = invoke("eval", checkpoints["dense"], *flags, "--require", "exact_match>=0.9")
     assert missed.exit_code == 4 and "MISSED" in missed.output and (tmp_path / "out" / "report.json").exists()
     met = invoke("eval", checkpoints["dense"], *flags, "--require", "exact_match>=0")
-    assert met.exit_code == 0 and "every one was there already" in met.output
+    assert met.exit_code == 0 and "all were cached" in met.output
 
 
 def test_one_of_plan_data_and_harness(checkpoints):
@@ -49,9 +49,9 @@ def test_a_conversation_keeps_its_history_and_images(bundle, digits):
     chat.loop(io.StringIO(lines), out)
     said = [turn["role"] for turn in chat.messages]
     assert said == ["system", "user", "assistant", "user", "assistant"]
-    assert chat.messages[1]["content"][0] == {"type": "image"} and len(chat.images) == 1 and not chat.waiting
+    assert chat.messages[1]["content"][0] == {"type": "image"} and len(chat.images) == 1 and not chat.pending
     assert chat.messages[3]["content"] == [{"type": "text", "text": "And twice that?"}]
-    assert "1 waiting" in out.getvalue()
+    assert "next message: 1" in out.getvalue()
 
 
 def test_what_streams_is_what_was_said(bundle):
@@ -70,10 +70,10 @@ def test_commands_and_mistakes_do_not_end_it(bundle, checkpoints, tmp_path):
         io.StringIO(f"/image {tmp_path}/none.png\n/thinking on\n/thinking maybe\nHi\n/reset\n/quit\nnever\n"), out
     )
     told = out.getvalue()
-    assert "no such image" in told and "thinking is on" in told and "/thinking maybe: not understood" in told
-    assert chat.thinking and chat.messages == [] and "forgotten" in told
+    assert "no such image" in told and "thinking is on" in told and "unknown command: /thinking maybe" in told
+    assert chat.thinking and chat.messages == [] and "conversation cleared" in told
     text_only = Chat(load_model(str(checkpoints["dense"])), sampling=Sampling(max_new_tokens=2))
-    with pytest.raises(DataError, match="without vision"):
+    with pytest.raises(DataError, match="has no vision"):
         text_only.attach(tmp_path / "a.png")
 
 
@@ -82,7 +82,7 @@ def test_a_conversation_through_a_pipe(checkpoints):
     done = subprocess.run(
         [*command, "--max-new-tokens", "2"], input="Hello\n/reset\n", capture_output=True, text=True, check=True
     )
-    assert done.stdout.endswith("forgotten\n") and done.stderr == ""
+    assert done.stdout.endswith("conversation cleared\n") and done.stderr == ""
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is absent: pip install '.[bench]'")

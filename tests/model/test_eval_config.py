@@ -55,7 +55,7 @@ def test_what_does_not_fit_together(changed, told):
 
 
 def test_two_measures_of_one_name(checkpoints, text_rows):
-    with pytest.raises(RecipeError, match="two measures are called exact_match"):
+    with pytest.raises(RecipeError, match="several metrics have the name exact_match"):
         evaluate(checkpoints["dense"], text_rows, metrics=["exact_match", "exact_match"])
 
 
@@ -69,7 +69,7 @@ def test_the_plans_that_come_along_are_sound():
 
 def asked(block):
     (question,) = load_questions(block)
-    return question, question.asked.messages[0]["content"]
+    return question, question.prompt.messages[0]["content"]
 
 
 def test_options_in_columns_and_an_image_in_base64(digits, tmp_path):
@@ -95,7 +95,7 @@ def test_options_as_a_list_and_several_answers(digits):
     columns = ColumnsBlock(question="query", options="choices", answer="label", image="picture")
     question, parts = asked(DataSetBlock(path=str(path), columns=columns))
     assert parts[1]["text"] == "Which?\nA. red\nB. blue" and question.columns["answer"] == ["blue", "navy"]
-    assert question.answered.messages[-1]["content"] == "blue"
+    assert question.with_answer.messages[-1]["content"] == "blue"
     with pytest.raises(DataError, match="no column question"):
         asked(DataSetBlock(path=str(path), columns=ColumnsBlock(question="question")))
 
@@ -118,8 +118,8 @@ def test_rewards_are_measures(checkpoints, tmp_path):
     metrics += [{"name": "length", "unit": "tokens", "max": 3}, {"name": "anls"}]
     plan = {"data": [{"path": str(write_rows(tmp_path / "rows.jsonl", rows))}], "metrics": metrics}
     found = {
-        figure.measure: figure
-        for figure in evaluate(checkpoints["dense"], plan=plan | {"generation": {"max_new_tokens": 3}}).figures
+        figure.metric: figure
+        for figure in evaluate(checkpoints["dense"], config=plan | {"generation": {"max_new_tokens": 3}}).figures
     }
     assert list(found) == ["short", "iou", "contains", "length", "anls"]
     assert (found["short"].value, found["short"].n) == (0.5, 2) and found["iou"].n == 1
@@ -155,34 +155,36 @@ def test_a_stopped_evaluation_goes_on_from_the_rows_done(checkpoints, plan, tmp_
 
     out, model = tmp_path / "out", checkpoints["vl_moe"]
     with pytest.raises(Stopped):
-        evaluate(model, plan=plan, out=out, tick=stop)
+        evaluate(model, config=plan, out=out, tick=stop)
     assert not (out / "report.json").exists() and not (out / "scores.jsonl").exists()
     lines = out / "vl_moe" / "rows.jsonl"
     kept = lines.read_text()
     lines.write_text(kept[:-9])  # the crash came in mid-write
-    resumed = evaluate(model, plan=plan, out=out)
-    whole = evaluate(model, plan=plan, out=tmp_path / "whole")
-    assert 0 < resumed.results[0].asked < whole.results[0].asked == 30  # 10 rows: two samples and a perplexity each
+    resumed = evaluate(model, config=plan, out=out)
+    whole = evaluate(model, config=plan, out=tmp_path / "whole")
+    assert (
+        0 < resumed.results[0].new_responses < whole.results[0].new_responses == 30
+    )  # 10 rows: two samples and a perplexity each
     assert sorted(lines.read_text().splitlines()) == sorted(
         (tmp_path / "whole" / "vl_moe" / "rows.jsonl").read_text().splitlines()
     )
     assert resumed.rows == whole.rows and resumed.figures == whole.figures
-    again = evaluate(model, plan=plan, out=out)
-    assert again.results[0].asked == 0 and again.figures == whole.figures
+    again = evaluate(model, config=plan, out=out)
+    assert again.results[0].new_responses == 0 and again.figures == whole.figures
     assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_other_metrics_ask_nothing_anew_and_other_rows_are_refused(checkpoints, plan, tmp_path):
     out, model = tmp_path / "out", checkpoints["vl_moe"]
-    evaluate(model, plan=plan, out=out)
+    evaluate(model, config=plan, out=out)
     other = plan | {"metrics": [{"name": "contains", "column": "answer"}, {"name": "perplexity"}]}
-    assert evaluate(model, plan=other, out=out).results[0].asked == 0
-    with pytest.raises(RunError, match="drawn in another way"):
-        evaluate(model, plan=plan | {"generation": {"max_new_tokens": 4}}, out=out)
+    assert evaluate(model, config=other, out=out).results[0].new_responses == 0
+    with pytest.raises(RunError, match="other generation settings"):
+        evaluate(model, config=plan | {"generation": {"max_new_tokens": 4}}, out=out)
     changed = shutil.copytree(model, tmp_path / "other" / "vl_moe")
     nudge(changed, "norm")
-    with pytest.raises(RunError, match="holds answers of another checkpoint"):
-        evaluate(changed, plan=plan, out=out)
+    with pytest.raises(RunError, match="contains responses of another checkpoint"):
+        evaluate(changed, config=plan, out=out)
 
 
 def nudge(folder, part, by=1.5):
@@ -219,7 +221,7 @@ def compared(checkpoints, digits, tmp_path_factory):
         "retention": {"tokens": 200, "routed_rows": 4},
         "require": ["text_retention>=1", "perplexity<1e9", "exact_match>=2", "text_kl<=0"],
     }
-    return evaluate(names, plan=plan, out=folder / "out"), folder / "out"
+    return evaluate(names, config=plan, out=folder / "out"), folder / "out"
 
 
 def test_text_is_kept_where_nothing_it_touches_changed(compared):
@@ -313,10 +315,10 @@ def test_the_report_is_valid_by_its_schema(compared):
     ("requirement", "told"),
     [
         ("exact_mach>=0.5", "did you mean exact_match?"),
-        ("exact_match=>0.5", "is no requirement"),
-        ("exact_match@other.jsonl>=1", "no data set is called other.jsonl"),
-        ("exact_match/nothing>=1", "no row is of kind nothing"),
-        ("text_retention>=0.9", "there is only one"),
+        ("exact_match=>0.5", "is not a valid requirement"),
+        ("exact_match@other.jsonl>=1", "unknown data set other.jsonl"),
+        ("exact_match/nothing>=1", "no row has the kind nothing"),
+        ("text_retention>=0.9", "only one checkpoint is evaluated"),
     ],
 )
 def test_a_requirement_is_judged_before_anything_is_asked(text_rows, requirement, told):

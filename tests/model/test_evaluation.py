@@ -9,7 +9,7 @@ import pytest
 
 from ernie_align.data.formats import canonicalize
 from ernie_align.errors import DataError
-from ernie_align.evaluation import Sampling, answer, evaluate, load_eval_config
+from ernie_align.evaluation import Sampling, evaluate, generate_answer, load_eval_config
 from ernie_align.evaluation.intervals import wilson_interval
 from ernie_align.evaluation.metrics import build_metrics
 from ernie_align.evaluation.questions import Question
@@ -70,7 +70,7 @@ def test_generation_never_samples_a_modality_token(checkpoints, digits):
         favourite = embeddings[bundle.modality.image].clone()
         embeddings.mul_(1e-3)
         embeddings[bundle.modality.image] = 1e3 * favourite
-    text = answer(bundle, row, sampling=Sampling(max_new_tokens=8, temperature=2.0))
+    text = generate_answer(bundle, row, sampling=Sampling(max_new_tokens=8, temperature=2.0))
     assert "IMAGE" not in text and "VIDEO" not in text
 
 
@@ -143,7 +143,7 @@ def test_a_draw_does_not_depend_on_its_batch(checkpoints, questions):
 
     def draw(**changed):
         plan = {"data": [{"path": str(questions)}], "metrics": [{"name": "exact_match"}]}
-        return answers_of(evaluate(checkpoints["vl_moe"], plan=plan | {"generation": drawn | changed}))
+        return answers_of(evaluate(checkpoints["vl_moe"], config=plan | {"generation": drawn | changed}))
 
     some = draw(batch_size=5)
     assert some == draw(batch_size=24) == draw(batch_size=1)
@@ -154,10 +154,10 @@ def test_draws_follow_the_model(checkpoints):
     """Frequencies of 2000 first tokens are the softmax of its logits, cut off at top_p."""
     import torch
 
-    from ernie_align.evaluation.generate import _noise
+    from ernie_align.evaluation.generate import _gumbel_noise
 
     logits = torch.tensor([[2.0, 1.0, 0.5, -1.0]]).expand(2000, -1)
-    processors = _noise(Sampling(temperature=0.8, top_p=0.9), [str(seed) for seed in range(2000)], "cpu")
+    processors = _gumbel_noise(Sampling(temperature=0.8, top_p=0.9), [str(seed) for seed in range(2000)], "cpu")
     counts = processors(torch.zeros(2000, 1, dtype=torch.long), logits).argmax(dim=-1).bincount(minlength=4)
     kept = torch.tensor([2.0, 1.0, 0.5]).div(0.8).softmax(dim=0)  # 0.69 + 0.20 < 0.9 <= ... + 0.11; the last is cut
     assert counts[3] == 0
@@ -177,7 +177,7 @@ def test_perplexity_is_that_of_the_answers_own_tokens(checkpoints, questions):
     bundle = load_model(str(checkpoints["vl_moe"]))
     renderer, total, tokens = renderer_of(bundle), 0.0, 0
     for question in load_questions(DataSetBlock(path=str(questions))):
-        (example,) = renderer.examples(question.answered, max_length=512)
+        (example,) = renderer.examples(question.with_answer, max_length=512)
         inputs = {"input_ids": torch.tensor([example.input_ids])}
         if example.media:
             from ernie_align.data.media import load_image

@@ -49,7 +49,7 @@ def folders(checkpoints, digits, tmp_path_factory):
         "retention": {"tokens": 60, "routed_rows": 3},
         "require": ["text_retention>=1"],
     }
-    evaluate([checkpoints["vl_moe"], run / "final"], plan=plan, out=run / "eval")
+    evaluate([checkpoints["vl_moe"], run / "final"], config=plan, out=run / "eval")
     report = run / "eval" / "report.json"
     content = json.loads(report.read_text())
     place = content["samples"][0]
