@@ -47,7 +47,7 @@ def evaluate_(
 ) -> None:
     """Ask checkpoints questions with known answers: figures, differences and what was kept, with 95 % intervals."""
     from ernie_align.evaluation import evaluate, load_eval_config, make_eval_config
-    from ernie_align.report.comparison import tables
+    from ernie_align.report.comparison import evaluation_tables
     from ernie_align.report.console import Terminal, quiet_libraries
 
     asked = {"--plan": plan, "--data": data, "--harness": harness}
@@ -76,7 +76,7 @@ def evaluate_(
     for result in evaluation.results:
         speed = f"{result.new_responses / result.seconds:.1f} per second" if result.new_responses else "all were cached"
         terminal.log(f"{result.checkpoint}: {result.new_responses} responses in {result.seconds:.1f} s, {speed}")
-    for table in tables(evaluation):
+    for table in evaluation_tables(evaluation):
         terminal.console.print(table)
     if out is not None:
         terminal.log(f"written: {out if out.suffix == '.json' else out / 'report.json'}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from ernie_align.recipe.evaluation import Plan
+from ernie_align.recipe.evaluation import EvalConfig
 from ernie_align.recipe.schema import Recipe
 
 
@@ -61,10 +61,10 @@ _BOUNDS = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}",
 def reference_page(recipes: Mapping[str, type[Recipe]]) -> str:
     """The page: each stage's recipe, the plan of an evaluation, then every block either of them is made of."""
     schema = json_schema(recipes)
-    plan = Plan.model_json_schema()
-    blocks = {**schema["$defs"], **plan.pop("$defs"), "Plan": plan}
+    plan = EvalConfig.model_json_schema()
+    blocks = {**schema["$defs"], **plan.pop("$defs"), "EvalConfig": plan}
     training = {f"{recipe.__name__}Training": name for name, recipe in recipes.items()}
-    tops = [*((recipe.__name__, f"`stage: {name}`") for name, recipe in recipes.items()), ("Plan", "Evaluation plans")]
+    tops = [*((recipe.__name__, f"`stage: {name}`") for name, recipe in recipes.items()), ("EvalConfig", "Evaluation plans")]
     parts = [_HEAD]
     for name, title in tops:
         parts.append(_block(title, blocks[name], blocks, training))

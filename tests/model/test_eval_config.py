@@ -11,6 +11,7 @@ import pytest
 
 from ernie_align.errors import DataError, RecipeError, RunError
 from ernie_align.evaluation import evaluate, load_eval_config
+from ernie_align.evaluation.evaluate import choose_baselines
 from ernie_align.evaluation.questions import load_questions
 from ernie_align.recipe.evaluation import ColumnsBlock, DataSetBlock
 from tests.support.runs import ROOT, beside, write_rows
@@ -287,6 +288,44 @@ def test_differences_are_those_of_the_rows(compared):
         assert low - 1e-9 <= one["difference"] <= high + 1e-9 or len(own) < 6
     changes = evaluation.report["changed"]
     assert changes and all(abs(change["gain"]) > 0 for change in changes)
+
+
+def write_checkpoint(folder, base=None):
+    """The files that tell a model from an adapter of `base`."""
+    folder.mkdir()
+    name, content = ("config.json", {}) if base is None else ("adapter_config.json", {"base_model_name_or_path": base})
+    (folder / name).write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_an_adapter_is_compared_with_its_own_base(tmp_path, monkeypatch):
+    """An adapter with its base if that is listed, whatever the order; everything else with the first; or all with one."""
+    monkeypatch.chdir(tmp_path)
+    names = {"init": write_checkpoint(tmp_path / "init"), "sft": write_checkpoint(tmp_path / "sft")}
+    names["lora"] = write_checkpoint(tmp_path / "lora", base="sft")  # relative, as PEFT writes what a recipe names
+    names["other"] = write_checkpoint(tmp_path / "other", base=str(tmp_path / "unlisted"))
+    assert choose_baselines(names) == {"init": None, "sft": "init", "lora": "sft", "other": "init"}
+    adapter_first = dict(reversed(names.items()))
+    assert choose_baselines(adapter_first) == {"other": None, "lora": "sft", "sft": "other", "init": "other"}
+    assert choose_baselines({"lora": names["lora"], "sft": names["sft"]}) == {"lora": "sft", "sft": None}
+    assert choose_baselines(names, "other") == {"init": "other", "sft": "other", "lora": "other", "other": None}
+    assert choose_baselines({"sft": names["sft"]}) == {"sft": None}
+
+
+def test_a_named_baseline_is_what_all_others_are_compared_with(checkpoints, compared, plan):
+    """Named by its short name, and a folder that is not listed, which then comes first."""
+    folders = [one["checkpoint"] for one in compared[0].report["checkpoints"]]
+    few = plan | {"metrics": [{"name": "perplexity"}], "generation": {}, "retention": {"tokens": 20, "routed_rows": 1}}
+    listed = evaluate(folders[1:], config=few, baseline="attention").report
+    assert [one["baseline"] for one in listed["checkpoints"]] == ["attention", None]
+    assert [one["name"] for one in listed["checkpoints"]] == ["resampler", "attention"]
+    assert listed["checkpoints"][0]["text"]["agreement"] < 1 and listed["checkpoints"][1]["text"] is None
+    added = evaluate(folders[1], config=few, baseline=folders[0]).report
+    assert [(one["name"], one["baseline"]) for one in added["checkpoints"]] == [
+        ("vl_moe", None), ("resampler", "vl_moe"),
+    ]  # fmt: skip
+    assert {one["checkpoint"] for one in added["differences"]} == {"resampler"}
+    assert added["checkpoints"][1]["text"]["bit_identical"]
 
 
 def test_requirements_are_of_all_but_the_first(compared):

@@ -71,7 +71,7 @@ def test_what_was_logged(tmp_path):
     )
     assert read_metric(tmp_path, "loss") == [(1, 1.0), (2, 0.5)]
     assert opened(curves({"loss": read_metric(tmp_path, "loss")})).width > 300
-    with pytest.raises(DataError, match="nothing was logged as los"):
+    with pytest.raises(DataError, match="the run did not log los"):
         read_metric(tmp_path, "los")
 
 

@@ -69,7 +69,9 @@ def test_the_page_is_well_formed_and_names_what_it_shows(page):
     tree = ElementTree.fromstring(page.read_text().removeprefix("<!DOCTYPE html>"))
     assert tree.tag == f"{_XHTML}html"
     told = " ".join("".join(tree.itertext()).split())
-    assert all(what in told for what in ("Run run", "stage: lora", "What was trained", "Loss", "Completions at step 1"))
+    assert all(
+        what in told for what in ("Run run", "stage: lora", "Trained parameters", "Loss", "Completions at step 1")
+    )
     assert all(what in told for what in ("Evaluation eval", "Requirements", "bit-identical", "Load of each expert"))
     ids = [element.get("id") for element in tree.iter() if element.get("id")]
     assert len(ids) == len(set(ids))
@@ -105,6 +107,43 @@ def test_a_report_moves_with_its_folder(folders, tmp_path):
     )
 
 
+def test_a_report_file_keeps_its_images_next_to_it(folders, checkpoints, digits, tmp_path):
+    """`--out FILE.json`: thumbnails lie in a folder beside it, and the page of the file embeds them."""
+    out = tmp_path / "demo.json"
+    flags = ("--data", digits / "reported.jsonl", "--limit", 2, "--max-new-tokens", 1, "--out", out)
+    run = CliRunner().invoke(app, ["eval", *map(str, (checkpoints["vl_moe"], *flags))])
+    assert run.exit_code == 0, run.output
+    images = [image for row in json.loads(out.read_text())["shown"] for image in row["images"]]
+    assert images and all(image.startswith("demo_images/") and (tmp_path / image).is_file() for image in images)
+    page = CliRunner().invoke(app, ["report", str(out), "--out", str(tmp_path / "page.html")])
+    assert page.exit_code == 0 and page.output.splitlines()[-1].endswith(str(tmp_path / "page.html"))
+    text = (tmp_path / "page.html").read_text()
+    assert text.count("data:image/png;base64,") == len(images) and "Evaluation demo" in text
+
+
+def test_a_report_without_baselines_still_loads(folders, tmp_path):
+    """Reports of the first release compare with the first checkpoint and do not name it; images may be null."""
+    old = shutil.copytree(folders / "eval", tmp_path / "old")
+    content = json.loads((old / "report.json").read_text())
+    for checkpoint in content["checkpoints"]:
+        del checkpoint["baseline"]
+    content["shown"][0]["images"] = [None]
+    (old / "report.json").write_text(json.dumps(content))
+    write_page([old], tmp_path / "page.html")
+    assert "run is compared with vl_moe." in (tmp_path / "page.html").read_text()
+
+
+def test_nothing_a_file_says_moves_the_cursor(capsys):
+    """Control characters become symbols and markup stays text, in lines and in tables."""
+    from ernie_align.report.console import Terminal, checks_table
+
+    terminal = Terminal()
+    terminal.log("a\x1b[2Jb [bold]c[/bold]")
+    terminal.console.print(checks_table([("name", "pass", "[red]\x07")]))
+    told = capsys.readouterr().out
+    assert "a␛[2Jb [bold]c[/bold]" in told and "[red]␇" in told and "\x1b" not in told
+
+
 def shown(report):
     return [report["shown"][place] for place in [*report["samples"], *(one["row"] for one in report["changed"])]]
 
@@ -113,9 +152,9 @@ def test_the_command(folders, tmp_path):
     result = CliRunner().invoke(app, ["report", str(folders)])
     assert result.exit_code == 0 and (folders / "report.html").exists()
     assert CliRunner().invoke(app, ["report", str(folders), str(folders / "eval")]).exit_code == 2
-    with pytest.raises(DataError, match="neither run"):
+    with pytest.raises(DataError, match="neither run.json"):
         write_page([tmp_path], tmp_path / "page.html")
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="no such file or folder"):
         write_page([tmp_path / "none"], tmp_path / "page.html")
 
 
