@@ -5,7 +5,7 @@
 What a pipeline does after training, from the top of the repository. It compares the digits model of 101 with the two
 adapters of 202, and trains what is not there. Exit code 4: a requirement was missed, and nothing was exported.
 
-With the real 28B model two lines change: CHECKPOINTS names yours, and PLAN asks your own rows.
+With the real 28B model two lines change: CHECKPOINTS names yours, and CONFIG asks your own rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ernie_align.tiny import make_checkpoint, make_digits
 RUNS = Path("runs/examples")
 DIGITS = RUNS / "digits"
 CHECKPOINTS = [RUNS / "sft/final", RUNS / "parity/final", RUNS / "inverted/final"]
-PLAN = {
+CONFIG = {
     "data": [{"path": f"{DIGITS}/{name}.jsonl", "limit": 120} for name in ("test", "parity_test", "inverted_test")],
     "metrics": [{"name": "exact_match"}, {"name": "perplexity"}],
     "generation": {"max_new_tokens": 8},
@@ -55,18 +55,18 @@ def main() -> int:
     out = RUNS / "comparison"
 
     # every figure with its interval, differences from the first checkpoint, text kept, routing moved
-    compared = evaluate(CHECKPOINTS, plan=PLAN, out=out)
+    compared = evaluate(CHECKPOINTS, config=CONFIG, out=out)
     for checkpoint in compared.results:
         for figure in checkpoint.figures:
             low, high = figure.interval
             print(
-                f"{checkpoint.name:9} {figure.data:20} {figure.measure:12} {figure.value:.3f} [{low:.3f}, {high:.3f}]"
+                f"{checkpoint.name:9} {figure.data:20} {figure.metric:12} {figure.value:.3f} [{low:.3f}, {high:.3f}]"
             )
     write_page([out], out / "report.html")
     print(f"written: {out / 'report.html'}")
 
     # what must hold of the checkpoint that is shipped, beside the one it was made from
-    judged = evaluate([CHECKPOINTS[0], SHIPPED], plan={**PLAN, "require": REQUIRE})
+    judged = evaluate([CHECKPOINTS[0], SHIPPED], config={**CONFIG, "require": REQUIRE})
     for line in judged.report["requirements"]:
         print(
             f"{'met' if line['passed'] else 'MISSED'}: {line['requirement']} of {line['checkpoint']}: {line['value']}"

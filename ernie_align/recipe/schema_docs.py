@@ -64,7 +64,8 @@ def reference_page(recipes: Mapping[str, type[Recipe]]) -> str:
     plan = EvalConfig.model_json_schema()
     blocks = {**schema["$defs"], **plan.pop("$defs"), "EvalConfig": plan}
     training = {f"{recipe.__name__}Training": name for name, recipe in recipes.items()}
-    tops = [*((recipe.__name__, f"`stage: {name}`") for name, recipe in recipes.items()), ("EvalConfig", "Evaluation plans")]
+    tops = [*((recipe.__name__, f"`stage: {name}`") for name, recipe in recipes.items())]
+    tops += [("EvalConfig", "Evaluation plans")]
     parts = [_HEAD]
     for name, title in tops:
         parts.append(_block(title, blocks[name], blocks, training))

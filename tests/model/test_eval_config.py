@@ -299,7 +299,7 @@ def write_checkpoint(folder, base=None):
 
 
 def test_an_adapter_is_compared_with_its_own_base(tmp_path, monkeypatch):
-    """An adapter with its base if that is listed, whatever the order; everything else with the first; or all with one."""
+    """An adapter with its base if that is listed, everything else with the first; or all with a named one."""
     monkeypatch.chdir(tmp_path)
     names = {"init": write_checkpoint(tmp_path / "init"), "sft": write_checkpoint(tmp_path / "sft")}
     names["lora"] = write_checkpoint(tmp_path / "lora", base="sft")  # relative, as PEFT writes what a recipe names

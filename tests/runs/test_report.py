@@ -152,7 +152,7 @@ def test_the_command(folders, tmp_path):
     result = CliRunner().invoke(app, ["report", str(folders)])
     assert result.exit_code == 0 and (folders / "report.html").exists()
     assert CliRunner().invoke(app, ["report", str(folders), str(folders / "eval")]).exit_code == 2
-    with pytest.raises(DataError, match="neither run.json"):
+    with pytest.raises(DataError, match=r"neither run\.json"):
         write_page([tmp_path], tmp_path / "page.html")
     with pytest.raises(DataError, match="no such file or folder"):
         write_page([tmp_path / "none"], tmp_path / "page.html")
