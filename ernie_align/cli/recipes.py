@@ -124,7 +124,7 @@ def doctor(
     quiet_libraries()
     terminal = Terminal()
     checked = load_recipe(recipe, overrides=overrides or ())
-    with terminal.reading() as tick:
+    with terminal.counting() as tick:
         found = ernie_align.check_data(checked, workers=workers, tick=tick)
     for part in tables(found):
         terminal.console.print(part)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ernie_align.evaluation.intervals import Part, paired_difference, ratio
@@ -17,53 +16,37 @@ SHOWN_SAMPLES = 12  # rows of each data set
 Pairs = Sequence[tuple[CheckpointResult, CheckpointResult]]  # (checkpoint, its baseline)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A checkpoint's metric minus its baseline's, over the n rows to which the metric applies for both.
+def compute_differences(pairs: Pairs, groups: Groups, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+    """Return each checkpoint's metric minus its baseline's: {checkpoint, data, kind, measure, n, difference, ...}.
 
-    interval: 95 %, over paired draws of rows; wins, losses, ties: rows on which the checkpoint did better, worse, or
-    the same.
+    n: rows to which the metric applies for both; interval: 95 %, over paired draws of rows; wins, losses, ties: rows on
+    which the checkpoint did better, worse, or the same.
     """
-
-    checkpoint: str
-    data: str
-    kind: str
-    metric: str
-    n: int
-    difference: float
-    interval: tuple[float, float]
-    wins: int
-    losses: int
-    ties: int
-
-
-def compute_differences(pairs: Pairs, groups: Groups, metrics: Sequence[Metric]) -> list[Difference]:
-    """Compare every checkpoint with its baseline on every group and metric."""
     differences = []
     for checkpoint, baseline in pairs:
         for (data, kind), numbers in groups.items():
             for metric in metrics:
-                theirs, ours = baseline.table[metric.name], checkpoint.table[metric.name]
-                both = [row for row in numbers if theirs[row] is not None and ours[row] is not None]
-                if both:
-                    group = (checkpoint.name, data, kind)
-                    parts = [ours[row] for row in both], [theirs[row] for row in both]
-                    differences.append(_difference(group, metric, *parts))
+                ours, theirs = checkpoint.table[metric.name], baseline.table[metric.name]
+                parts = [(ours[row], theirs[row]) for row in numbers if ours[row] and theirs[row]]
+                if not parts:
+                    continue
+                ours, theirs = zip(*parts, strict=True)
+                gains = [_gain(metric, *part) for part in parts]
+                differences.append(
+                    {
+                        "checkpoint": checkpoint.name,
+                        "data": data,
+                        "kind": kind,
+                        "measure": metric.name,
+                        "n": len(parts),
+                        "difference": metric.reported(ratio(ours)) - metric.reported(ratio(theirs)),
+                        "interval": list(paired_difference(ours, theirs, of_exp=metric.is_log)),
+                        "wins": sum(gain > 0 for gain in gains),
+                        "losses": sum(gain < 0 for gain in gains),
+                        "ties": sum(gain == 0 for gain in gains),
+                    }
+                )
     return differences
-
-
-def _difference(group: tuple[str, str, str], metric: Metric, ours: list[Part], theirs: list[Part]) -> Difference:
-    gains = [_gain(metric, one, two) for one, two in zip(ours, theirs, strict=True)]
-    return Difference(
-        *group,
-        metric.name,
-        len(ours),
-        metric.reported(ratio(ours)) - metric.reported(ratio(theirs)),
-        paired_difference(ours, theirs, of_exp=metric.is_log),
-        sum(gain > 0 for gain in gains),
-        sum(gain < 0 for gain in gains),
-        sum(gain == 0 for gain in gains),
-    )
 
 
 def _gain(metric: Metric, ours: Part, theirs: Part) -> float:

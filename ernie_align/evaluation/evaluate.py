@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -321,23 +321,16 @@ def _report(
                 "baseline": baselines[result.name],
                 "seconds": result.seconds,
                 "asked": result.new_responses,
-                "figures": [_to_json(figure) for figure in result.figures],
+                "figures": [figure.to_json() for figure in result.figures],
                 **drift[result.name],
             }
             for result in results
         ],
-        "differences": [_to_json(one) for one in compare.compute_differences(pairs, job.groups, job.metrics)],
+        "differences": compare.compute_differences(pairs, job.groups, job.metrics),
         "requirements": check_requirements(requirements, figures, drift, baselines),
         "shown": shown,
         "samples": [place[number] for number in samples],
         "changed": [change | {"row": place[change["row"]]} for change in changes],
-    }
-
-
-def _to_json(one: Figure | compare.Difference) -> dict[str, Any]:
-    """Convert to the report's keys, where a metric's name is called `measure`."""
-    return {"measure" if key == "metric" else key: value for key, value in asdict(one).items()} | {
-        "interval": list(one.interval)
     }
 
 

@@ -34,10 +34,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated answer: text without the end token, ids with it."""
+    """A generated answer: text without the end token, ids with it. opened: the prompt ended inside the reasoning."""
 
     text: str
     ids: list[int]
+    opened: bool
 
 
 def make_renderer(
@@ -83,7 +84,7 @@ def generate_answer(
     prompt = vars(renderer.prompt(row)) | {"rows": [0, 0]}
     collate = Collator(bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor, left=True)
     (ids,) = _generate(bundle, renderer, collate([prompt]), sampling or Sampling(), ["0"], write)
-    return _decode(ids, renderer).text
+    return _decode(ids, renderer, row).text
 
 
 def generate_answers(
@@ -110,7 +111,9 @@ def generate_answers(
     for keys, batch in iter_batches(examples, batch_size=batch_size, skip=skip):
         seeds = [f"{sampling.seed} {row} {sample}" for row, sample in keys]
         answers = _generate(bundle, renderer, collate(batch), sampling, seeds)
-        yield [(*key, _decode(ids, renderer)) for key, ids in zip(keys, answers, strict=True)]
+        yield [
+            (row, sample, _decode(ids, renderer, rows[row])) for (row, sample), ids in zip(keys, answers, strict=True)
+        ]
 
 
 def _generate(
@@ -187,8 +190,8 @@ def _streamer(renderer: Renderer, write: Callable[[str], None]) -> Any:
     return Streamer(renderer.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def _decode(ids: list[int], renderer: Renderer) -> Answer:
+def _decode(ids: list[int], renderer: Renderer, row: Row) -> Answer:
     """Cut generated ids after the first end token and decode them."""
     stops = set(renderer.stop_ids)
     length = next((position for position, token in enumerate(ids) if token in stops), len(ids))
-    return Answer(renderer.tokenizer.decode(ids[:length]), ids[: length + 1])
+    return Answer(renderer.tokenizer.decode(ids[:length]), ids[: length + 1], renderer.opens_thinking(row))

@@ -20,28 +20,26 @@ if TYPE_CHECKING:
 
 def answer_nlls(
     bundle: Bundle, renderer: Renderer, rows: Sequence[Row], *, batch_size: int, skip: Skip = lambda keys: False
-) -> Iterator[list[tuple[int, float, int]]]:
-    """Yield batches of (row number, negative log-likelihood of the last answer in nats, its tokens).
+) -> Iterator[list[tuple[int, int, dict[str, Any]]]]:
+    """Yield batches of (row number, 0, {nll, tokens}) of the rows' last answers: nats, and tokens with the end token.
 
-    The end token of an answer counts as one of its tokens. skip: returns True for batches that are not needed; its keys
-    are (row number, 0).
+    skip: returns True for batches that are not needed; its keys are (row number, 0).
     Raises RowFault for a row without an answer, ModelError if an image does not reach the vision experts.
     """
     encoded = [vars(renderer.examples(row, max_length=sys.maxsize)[-1]) for row in rows]
     collate = Collator(bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor)
-    for keys, examples in iter_batches(
-        _numbered(encoded, lambda example: len(example["input_ids"])), batch_size=batch_size, skip=skip
-    ):
-        batch = collate(examples)
+    examples = _numbered(encoded, lambda example: len(example["input_ids"]))
+    for keys, chosen in iter_batches(examples, batch_size=batch_size, skip=skip):
+        batch = collate(chosen)
         logps = labeled_logps(bundle, batch, batch["labels"]).tolist()
         lengths = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1).tolist()
-        yield [(row, -logp, length) for (row, _), logp, length in zip(keys, logps, lengths, strict=True)]
+        yield [(*key, {"nll": -logp, "tokens": n}) for key, logp, n in zip(keys, logps, lengths, strict=True)]
 
 
 def pair_logps(
     bundle: Bundle, renderer: Renderer, rows: Sequence[Row], *, batch_size: int, skip: Skip = lambda keys: False
-) -> Iterator[list[tuple[int, float, float]]]:
-    """Yield batches of (row number, log-probability of the best answer, of the worst answer).
+) -> Iterator[list[tuple[int, int, dict[str, Any]]]]:
+    """Yield batches of (row number, 0, {chosen_logp, rejected_logp}) of the rows' best and worst answers.
 
     skip: returns True for batches that are not needed; its keys are (row number, 0).
     Raises RowFault for a row that is not a preference pair, ModelError if an image does not reach the vision experts.
@@ -51,18 +49,19 @@ def pair_logps(
     encode = PairEncoder(renderer, max_length=sys.maxsize)
     collate = PairCollator(bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor)
     pairs = _numbered([encode(row)[0] for row in rows], lambda pair: pair["length"])
-    for keys, examples in iter_batches(pairs, batch_size=batch_size, skip=skip):
-        batch = collate(examples)
+    for keys, chosen in iter_batches(pairs, batch_size=batch_size, skip=skip):
+        batch = collate(chosen)
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
         with ImageFeatureCache(frozen=True).shown(bundle.model, times=2):
-            chosen_rejected = labeled_logps(bundle, batch, labels).view(2, -1).T.tolist()
-        yield [(row, chosen, rejected) for (row, _), (chosen, rejected) in zip(keys, chosen_rejected, strict=True)]
+            logps = labeled_logps(bundle, batch, labels).view(2, -1).T.tolist()
+        names = ("chosen_logp", "rejected_logp")
+        yield [(*key, dict(zip(names, both, strict=True))) for key, both in zip(keys, logps, strict=True)]
 
 
 def _numbered(
     examples: list[dict[str, Any]], length: Callable[[dict[str, Any]], int]
 ) -> list[tuple[Key, dict[str, Any]]]:
-    """Give each example its key and its place among the rows, and sort by `length`, longest first."""
+    """Give each example its key and row number, and sort by `length`, longest first."""
     numbered = [((row, 0), example | {"rows": [0, row]}) for row, example in enumerate(examples)]
     return sorted(numbered, key=lambda item: -length(item[1]))
 

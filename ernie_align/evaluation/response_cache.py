@@ -14,13 +14,15 @@ from ernie_align.errors import DataError, RunError
 from ernie_align.evaluation.questions import Question
 from ernie_align.recipe.evaluation import GenerationBlock
 
+_KEY = ("way", "row", "sample")  # keys of a line: the request type, the number of the question, the sample
+
 
 class ResponseCache:
     """rows.jsonl of one checkpoint: a header with the fingerprint of the evaluation, then one line per row and sample.
 
     Lines hold only what the model generated or computed. Scores are derived from them, so other metrics need no new
     responses. path: None keeps the lines in memory only.
-    lines: (request type, row, sample) -> line; the request type is called `way` in the file.
+    lines: (request type, question number, sample) -> response.
     """
 
     def __init__(self, path: Path | None, *, fingerprint: str, checkpoint: str):
@@ -49,27 +51,25 @@ class ResponseCache:
         if len(complete) < len(content):
             with path.open("r+b") as file:
                 file.truncate(len(complete))
-        self.lines = {_key(line): line for line in lines}
+        self.lines = {tuple(line.pop(name) for name in _KEY): line for line in lines}
 
-    def has_all(self, request_type: str, keys: Iterable[tuple[int, int]]) -> bool:
-        """Return True if the responses to all these (row, sample) are cached."""
-        return all((request_type, row, sample) in self.lines for row, sample in keys)
+    def has_all(self, request_type: str, numbers: Sequence[int], keys: Iterable[tuple[int, int]]) -> bool:
+        """Return True if the responses to all (row, sample) are cached. numbers: row -> number of the question."""
+        return all((request_type, numbers[row], sample) in self.lines for row, sample in keys)
 
-    def add(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Append the lines that are not cached yet. Each has way, row and sample."""
-        new = {_key(line): line for line in lines if _key(line) not in self.lines}
+    def add(self, request_type: str, responses: Iterable[tuple[int, int, Any]]) -> None:
+        """Append (question number, sample, response) for responses that are not cached yet."""
+        new = {(request_type, row, sample): response for row, sample, response in responses}
+        new = {key: response if isinstance(response, dict) else vars(response) for key, response in new.items()}
+        new = {key: response for key, response in new.items() if key not in self.lines}
         self.lines |= new
         if self.path is not None:
-            self._append(list(new.values()))
+            self._append([dict(zip(_KEY, key, strict=True)) | response for key, response in new.items()])
 
     def _append(self, lines: Sequence[dict[str, Any]]) -> None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text)
-
-
-def _key(line: dict[str, Any]) -> tuple[str, int, int]:
-    return line["way"], line["row"], line["sample"]
 
 
 def fingerprint(weights: str, dtype: str, questions: Sequence[Question], generation: GenerationBlock) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from ernie_align.data.render import Renderer
 from ernie_align.data.row import RowFault
 from ernie_align.errors import DataError
-from ernie_align.evaluation.generate import Key, Sampling, Skip, generate_answers
+from ernie_align.evaluation.generate import Sampling, generate_answers
 from ernie_align.evaluation.intervals import Part, bootstrap_interval, is_rate, ratio, wilson_interval
 from ernie_align.evaluation.likelihood import answer_nlls, pair_logps
 from ernie_align.evaluation.metrics import Metric, Outcome, RequestType
@@ -37,6 +38,11 @@ class Figure:
     n: int
     value: float
     interval: tuple[float, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report's keys, in which the metric's name is called `measure`."""
+        values = asdict(self) | {"interval": list(self.interval)}
+        return {"measure" if key == "metric" else key: value for key, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -91,78 +97,42 @@ def collect_responses(
 
     Raises DataError for a row that cannot be rendered, ModelError if an image does not reach the vision experts.
     """
-    total = len(requests["answers"]) * generation.samples + len(requests["likelihood"]) + len(requests["pairs"])
+    sampling = Sampling(generation.max_new_tokens, generation.temperature, generation.top_p, generation.seed)
+    runs = {  # request type -> (the row to run, the function that runs it)
+        "answers": ("prompt", partial(generate_answers, sampling=sampling, samples=generation.samples)),
+        "likelihood": ("with_answer", answer_nlls),
+        "pairs": ("row", pair_logps),
+    }
+    total = sum(
+        len(numbers) * (generation.samples if request_type == "answers" else 1)
+        for request_type, numbers in requests.items()
+    )
     before = len(cache.lines)
     tick(before, total)
-    try:
-        for lines in _respond(bundle, renderer, questions, requests, generation, cache):
-            cache.add(lines)
-            tick(len(cache.lines), total)
-    except RowFault as fault:
-        names = ", ".join(dict.fromkeys(question.data for question in questions))
-        raise DataError.at(names, fault.what, fix=fault.fix) from None
-    return len(cache.lines) - before
-
-
-def _respond(
-    bundle: Bundle,
-    renderer: Renderer,
-    questions: Sequence[Question],
-    requests: Requests,
-    generation: GenerationBlock,
-    cache: ResponseCache,
-) -> Iterator[list[dict[str, Any]]]:
-    """Yield the cache lines of each batch."""
-
-    def cached(request_type: RequestType) -> Skip:
+    for request_type, (form, run) in runs.items():
         numbers = requests[request_type]
-        return lambda keys: cache.has_all(request_type, [(numbers[row], sample) for row, sample in keys])
-
-    def line(request_type: RequestType, key: Key, **response: Any) -> dict[str, Any]:
-        row, sample = key
-        return {"way": request_type, "row": requests[request_type][row], "sample": sample, **response}
-
-    size = generation.batch_size
-    sampling = Sampling(generation.max_new_tokens, generation.temperature, generation.top_p, generation.seed)
-    prompts = [questions[number].prompt for number in requests["answers"]]
-    for batch in generate_answers(
-        bundle,
-        renderer,
-        prompts,
-        sampling=sampling,
-        samples=generation.samples,
-        batch_size=size,
-        skip=cached("answers"),
-    ):
-        yield [
-            line(
-                "answers",
-                (row, sample),
-                text=answer.text,
-                ids=answer.ids,
-                opened=renderer.opens_thinking(prompts[row]),
-            )
-            for row, sample, answer in batch
-        ]
-    rows = [questions[number].with_answer for number in requests["likelihood"]]
-    for batch in answer_nlls(bundle, renderer, rows, batch_size=size, skip=cached("likelihood")):
-        yield [line("likelihood", (row, 0), nll=nll, tokens=tokens) for row, nll, tokens in batch]
-    rows = [questions[number].row for number in requests["pairs"]]
-    for batch in pair_logps(bundle, renderer, rows, batch_size=size, skip=cached("pairs")):
-        yield [line("pairs", (row, 0), chosen_logp=chosen, rejected_logp=rejected) for row, chosen, rejected in batch]
+        rows = [getattr(questions[number], form) for number in numbers]
+        skip = partial(cache.has_all, request_type, numbers)
+        try:
+            for batch in run(bundle, renderer, rows, batch_size=generation.batch_size, skip=skip):
+                cache.add(request_type, [(numbers[row], sample, response) for row, sample, response in batch])
+                tick(len(cache.lines), total)
+        except RowFault as fault:
+            names = ", ".join(dict.fromkeys(question.data for question in questions))
+            raise DataError.at(names, fault.what, fix=fault.fix) from None
+    return len(cache.lines) - before
 
 
 def outcomes_from_cache(cache: ResponseCache, requests: Requests, count: int, samples: int) -> list[Outcome]:
     """Return the cached responses to each of `count` questions."""
     outcomes: list[Outcome] = [{} for _ in range(count)]
     for number in requests["answers"]:
-        lines = [cache.lines["answers", number, sample] for sample in range(samples)]
-        outcomes[number]["answers"] = [{"text": line["text"], "ids": line["ids"]} for line in lines]
-        outcomes[number]["opened"] = lines[0]["opened"]
-    for request_type in ("likelihood", "pairs"):
-        for number in requests[request_type]:
-            line = cache.lines[request_type, number, 0]
-            outcomes[number] |= {key: value for key, value in line.items() if key not in ("way", "row", "sample")}
+        answers = [cache.lines["answers", number, sample] for sample in range(samples)]
+        outcomes[number] |= {"answers": answers, "opened": answers[0]["opened"]}
+    for number in requests["likelihood"]:
+        outcomes[number] |= cache.lines["likelihood", number, 0]
+    for number in requests["pairs"]:
+        outcomes[number] |= cache.lines["pairs", number, 0]
     return outcomes
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -101,22 +100,7 @@ class Terminal:
 
     @contextmanager
     def counting(self) -> Iterator[Callable[[str, int, int], None]]:
-        """Show an evaluation's checkpoint, responses done and speed on one line; yield the function that updates it."""
-        with self.console.status("loading") as status:
-            started: dict[str, tuple[float, int]] = {}
-
-            def tick(name: str, done: int, total: int) -> None:
-                start, cached = started.setdefault(name, (time.monotonic(), done))
-                speed = (done - cached) / max(1e-9, time.monotonic() - start)
-                pace = f", {speed:.1f} per second, {(total - done) / speed:.0f} s left" if done > cached else ""
-                from_cache = f" ({cached} from the cache)" if cached else ""
-                status.update(f"{markup(name)}: {done} of {total} responses{from_cache}{pace}")
-
-            yield tick
-
-    @contextmanager
-    def reading(self) -> Iterator[Callable[[str, int, int], None]]:
-        """Show a progress bar of rows read for each source; yield the function that updates it."""
+        """Show one progress bar per checkpoint or source; yield the function that sets (name, done, total)."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -125,7 +109,7 @@ class Terminal:
 
             def tick(name: str, done: int, total: int) -> None:
                 if name not in tasks:
-                    tasks[name] = progress.add_task(markup(name), total=total)
+                    tasks[name] = progress.add_task(markup(name), total=total, completed=done)
                 progress.update(tasks[name], completed=done)
 
             yield tick

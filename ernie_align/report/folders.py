@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ class Run:
     """A run directory. metrics: the lines of metrics.jsonl; completions, step: of the last saved rollout."""
 
     name: str
-    recipe: str = ""
-    coverage: list[dict[str, Any]] = field(default_factory=list)
-    sources: list[dict[str, Any]] = field(default_factory=list)
-    preview: str = ""
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-    completions: list[dict[str, Any]] = field(default_factory=list)
-    step: int = 0
+    recipe: str
+    coverage: list[dict[str, Any]]
+    sources: list[dict[str, Any]]
+    preview: str
+    metrics: list[dict[str, Any]]
+    facts: dict[str, Any]
+    completions: list[dict[str, Any]]
+    step: int
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _run(folder: Path) -> Run:
         _json(folder / "data.json", []),
         _text(folder / "preview.txt"),
         _metrics(folder),
-        _json(folder / "run.json"),
+        {"text_unchanged": None, "environment": {}} | _json(folder / "run.json"),
         completions,
         step,
     )

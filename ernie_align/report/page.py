@@ -24,7 +24,7 @@ from ernie_align.report.dataset_report import section
 from ernie_align.report.folders import EvaluationReport, Run, read
 from ernie_align.report.text import visible
 
-# Title of a chart -> keys of metrics.jsonl in it. A key that ends in / stands for every key one level below it.
+# Title of a chart -> keys of metrics.jsonl in it. A key ending in / means every key one level below.
 _CURVES = {
     "Loss": ("loss", "eval_loss", "nll_loss"),
     "Token accuracy": ("mean_token_accuracy", "eval_mean_token_accuracy"),
@@ -76,25 +76,14 @@ def _render(title: str, sections: Sequence[dict[str, Any]]) -> str:
 
 
 def _run_section(run: Run, *, label: str) -> dict[str, Any]:
-    total = sum(part["parameters"] for part in run.coverage)
     return {
         "kind": "run",
-        "name": run.name,
-        "recipe": run.recipe,
-        "coverage": run.coverage,
-        "trainable": sum(part["trainable"] for part in run.coverage),
-        "parameters": total,
-        "sources": run.sources,
-        "preview": run.preview,
-        "text_unchanged": run.facts.get("text_unchanged"),
-        "environment": run.facts.get("environment", {}),
+        "run": run,
         "charts": [
             {"title": title, "svg": charts.curves(series, label=f"{label}-{place}"), "note": ""}
             for place, (title, series) in enumerate(_series(run.metrics).items())
         ],
-        "completions": run.completions,
         "rewards": [name for name in (run.completions or [{}])[0] if name.startswith("reward/")],
-        "step": run.step,
     }
 
 
@@ -130,17 +119,14 @@ def _evaluation_section(evaluation: EvaluationReport, *, label: str) -> dict[str
     return {
         "kind": "evaluation",
         "name": evaluation.name,
+        "report": report,
         "baselines": baselines(report),
-        "checkpoints": report["checkpoints"],
         "figures": _figures(report),
         "drift": [(one["name"], drift_cells(one)) for one in report["checkpoints"] if one["name"] in baselines(report)],
-        "requirements": report["requirements"],
         "unused": _unused_experts(report),
         "charts": [*_percentages_chart(report, label), *_routing_charts(report, label)],
         "changed": _changed_rows(report, shown),
         "samples": [shown[place] for place in report["samples"]],
-        "config": report["plan"],
-        "environment": report["environment"],
     }
 
 
