@@ -91,18 +91,6 @@ def _percentile_interval(samples: list[Sequence[Part]], statistic: Callable[...,
     if count == 1:  # scipy refuses a single row
         value = float(statistic(*columns, axis=0))
         return value, value
-    interval = (
-        scipy_stats()
-        .bootstrap(
-            columns,
-            statistic,
-            paired=True,
-            vectorized=True,
-            n_resamples=RESAMPLES,
-            batch=max(1, _BATCH_NUMBERS // count),
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        )
-        .confidence_interval
-    )
-    return float(interval.low), float(interval.high)
+    settings = {"n_resamples": RESAMPLES, "batch": max(1, _BATCH_NUMBERS // count), "rng": np.random.default_rng(seed)}
+    result = scipy_stats().bootstrap(columns, statistic, paired=True, vectorized=True, method="percentile", **settings)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)

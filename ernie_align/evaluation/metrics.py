@@ -8,6 +8,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +90,7 @@ def _build(block: Any, cache: Path | None) -> list[Metric]:
         return [Metric(name, "answers", _per_row(lambda question, outcome: _thinking_length(outcome, block.unit)))]
     if block.name in _TEXT_SCORES and not isinstance(block, blocks.CustomReward):
         score, column = _TEXT_SCORES[block.name](block), block.column
-        return [Metric(name, "answers", _per_row(lambda *row: _text_score(score, column, *row)), (column,))]
+        return [Metric(name, "answers", _per_row(partial(_text_score, score, column)), (column,))]
     (reward,) = build_rewards([block], cache=cache)
 
     def mean_reward(questions: Sequence[Question], outcomes: Sequence[Outcome]) -> list[Part | None]:
@@ -101,10 +102,8 @@ def _build(block: Any, cache: Path | None) -> list[Metric]:
 # -- (numerator, denominator) of each row -----------------------------------------------------------------------------
 
 _TEXT_SCORES: dict[str, Callable[[Any], Callable[[str, list[str]], float]]] = {
-    "anls": lambda block: lambda answer, expected: anls(answer, expected, threshold=block.threshold),
-    "relaxed_accuracy": lambda block: (
-        lambda answer, expected: relaxed_accuracy(answer, expected, tolerance=block.tolerance)
-    ),
+    "anls": lambda block: partial(anls, threshold=block.threshold),
+    "relaxed_accuracy": lambda block: partial(relaxed_accuracy, tolerance=block.tolerance),
     "f1": lambda block: f1,
 }
 
