@@ -1,4 +1,4 @@
-"""Plans are judged whole and map the layouts of benchmarks; a stopped evaluation goes on; checkpoints are compared."""
+"""Evaluation configs report every error; benchmark layouts are mapped; evaluations resume; checkpoints are compared."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ generation: {samples: 3}
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"data": [{"path": "x/a.jsonl"}, {"path": "y/a.jsonl"}]}, "the name 'a.jsonl' stands twice"),
         ({"metrics": [{"name": "pass_at_k", "k": [4], "verifier": {"name": "exact_match"}}]}, "k 4 and 1 samples"),
         ({"data": [{"path": "a.jsonl", "instruction": "Answer."}]}, "an instruction without columns"),
     ],
 )
-def test_what_does_not_fit_together(changed, told):
-    with pytest.raises(RecipeError, match=told):
+def test_keys_that_contradict_each_other(changed, message):
+    with pytest.raises(RecipeError, match=message):
         load_eval_config({"data": [{"path": "a.jsonl"}], "metrics": [{"name": "exact_match"}], **changed})
 
 
-def test_two_measures_of_one_name(checkpoints, text_rows):
+def test_two_metrics_of_one_name(checkpoints, text_rows):
     with pytest.raises(RecipeError, match="several metrics have the name exact_match"):
         evaluate(checkpoints["dense"], text_rows, metrics=["exact_match", "exact_match"])
 
 
-def test_the_plans_that_come_along_are_sound():
+def test_the_shipped_configs_are_valid():
     for path in (ROOT / "recipes" / "eval").glob("*.yaml"):
         assert load_eval_config(path).data
 
@@ -101,14 +101,14 @@ def test_options_as_a_list_and_several_answers(digits):
         asked(DataSetBlock(path=str(path), columns=ColumnsBlock(question="question")))
 
 
-def test_an_image_stands_where_the_text_says(digits):
+def test_an_image_is_placed_at_its_mark(digits):
     path = write_rows(digits / "marked.jsonl", [{"q": "See <image> here.", "image": ["images/0004.png"]}])
     _, parts = asked(DataSetBlock(path=str(path), columns=ColumnsBlock(question="q", image="image")))
     assert [part["type"] for part in parts] == ["text", "image", "text"]
 
 
-def test_rewards_are_measures(checkpoints, tmp_path):
-    """Rewards of a recipe, a file of the user's among them, by their names; each over the rows that it applies to."""
+def test_rewards_are_metrics(checkpoints, tmp_path):
+    """Rewards by name, including a function in the user's file; each over the rows that it applies to."""
     code = tmp_path / "mine.py"
     code.write_text("def short(prompts, completions, goal, **kwargs):\n    return [float(one) for one in goal]\n")
     rows = [
@@ -127,7 +127,7 @@ def test_rewards_are_measures(checkpoints, tmp_path):
     assert found["length"].value == 1.0
 
 
-# -- stopped, and gone on with ----------------------------------------------------------------------------------------
+# -- interrupted and resumed ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -147,8 +147,8 @@ class Stopped(Exception):
     pass
 
 
-def test_a_stopped_evaluation_goes_on_from_the_rows_done(checkpoints, plan, tmp_path):
-    """Stopped in the middle, its last line torn: nothing looks whole, and the rerun ends with the same report."""
+def test_an_interrupted_evaluation_resumes(checkpoints, plan, tmp_path):
+    """Interrupted in the middle of a line: no report exists, and the rerun ends with the same report."""
 
     def stop(name, done, total):
         if done >= 8:
@@ -160,7 +160,7 @@ def test_a_stopped_evaluation_goes_on_from_the_rows_done(checkpoints, plan, tmp_
     assert not (out / "report.json").exists() and not (out / "scores.jsonl").exists()
     lines = out / "vl_moe" / "rows.jsonl"
     kept = lines.read_text()
-    lines.write_text(kept[:-9])  # the crash came in mid-write
+    lines.write_text(kept[:-9])  # the crash came in the middle of a write
     resumed = evaluate(model, config=plan, out=out)
     whole = evaluate(model, config=plan, out=tmp_path / "whole")
     assert (
@@ -175,7 +175,7 @@ def test_a_stopped_evaluation_goes_on_from_the_rows_done(checkpoints, plan, tmp_
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_other_metrics_ask_nothing_anew_and_other_rows_are_refused(checkpoints, plan, tmp_path):
+def test_other_metrics_use_the_cache_and_other_rows_are_refused(checkpoints, plan, tmp_path):
     out, model = tmp_path / "out", checkpoints["vl_moe"]
     evaluate(model, config=plan, out=out)
     other = plan | {"metrics": [{"name": "contains", "column": "answer"}, {"name": "perplexity"}]}
@@ -189,7 +189,7 @@ def test_other_metrics_ask_nothing_anew_and_other_rows_are_refused(checkpoints, 
 
 
 def nudge(folder, part, by=1.5):
-    """Scale the weights whose names hold `part`."""
+    """Scale the weights whose names contain `part`."""
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
@@ -207,7 +207,7 @@ def nudge(folder, part, by=1.5):
 
 @pytest.fixture(scope="module")
 def compared(checkpoints, digits, tmp_path_factory):
-    """A model; the same with another resampler, which text never touches; and with other text embeddings."""
+    """Evaluate a model, the same with another resampler, which text does not pass, and with other attention values."""
     folder = tmp_path_factory.mktemp("compared")
     names = [str(checkpoints["vl_moe"])]
     for name, part in (("resampler", "resampler_model"), ("attention", "self_attn.v_proj")):
@@ -225,7 +225,7 @@ def compared(checkpoints, digits, tmp_path_factory):
     return evaluate(names, config=plan, out=folder / "out"), folder / "out"
 
 
-def test_text_is_kept_where_nothing_it_touches_changed(compared):
+def test_text_is_unchanged_if_no_weight_it_passes_changed(compared):
     first, resampler, attention = compared[0].report["checkpoints"]
     assert first["text"] is None
     assert resampler["text"]["bit_identical"] and (resampler["text"]["agreement"], resampler["text"]["kl"]) == (1, 0)
@@ -233,8 +233,8 @@ def test_text_is_kept_where_nothing_it_touches_changed(compared):
     assert attention["text"]["tokens"] == 200 and 0 <= attention["text"]["agreement"] < 1
 
 
-def test_the_divergence_is_torchs_own(checkpoints, compared):
-    """KL(first || other), token by token, from both models' logits on the page of text that comes along."""
+def test_kl_equals_torchs(checkpoints, compared):
+    """KL(baseline || other), token by token, from both models' logits on the shipped page of text."""
     import torch
 
     from ernie_align.evaluation.drift import load_held_out_text
@@ -271,7 +271,7 @@ def test_routing_is_counted_layer_by_layer(compared):
     assert text_before_images[0]["flipped"] > 0
 
 
-def test_differences_are_those_of_the_rows(compared):
+def test_differences_follow_from_the_rows(compared):
     evaluation, out = compared
     rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     assert len(rows) == 12
@@ -328,7 +328,7 @@ def test_a_named_baseline_is_what_all_others_are_compared_with(checkpoints, comp
     assert added["checkpoints"][1]["text"]["bit_identical"]
 
 
-def test_requirements_are_of_all_but_the_first(compared):
+def test_the_baseline_is_exempt_from_requirements(compared):
     evaluation, _ = compared
     verdicts = {(line["requirement"], line["checkpoint"]): line["passed"] for line in evaluation.report["requirements"]}
     assert verdicts[("text_retention>=1", "resampler")] and not verdicts[("text_retention>=1", "attention")]
@@ -351,7 +351,7 @@ def test_the_report_is_valid_by_its_schema(compared):
 
 
 @pytest.mark.parametrize(
-    ("requirement", "told"),
+    ("requirement", "message"),
     [
         ("exact_mach>=0.5", "did you mean exact_match?"),
         ("exact_match=>0.5", "is not a valid requirement"),
@@ -360,7 +360,7 @@ def test_the_report_is_valid_by_its_schema(compared):
         ("text_retention>=0.9", "only one checkpoint is evaluated"),
     ],
 )
-def test_a_requirement_is_judged_before_anything_is_asked(text_rows, requirement, told):
+def test_a_requirement_is_parsed_before_a_model_is_loaded(text_rows, requirement, message):
     with pytest.raises(RecipeError) as caught:
         evaluate("no-such-model", text_rows, require=[requirement])
-    assert told in str(caught.value)
+    assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""One page: well-formed, whole by itself, harmless whatever a model says, and fit for a phone and for the dark."""
+"""The page is well-formed, self-contained, safe for any model output, and readable on phones and in dark mode."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser",
 
 @pytest.fixture(scope="module")
 def folders(checkpoints, digits, tmp_path_factory):
-    """A run; an evaluation of two checkpoints, with an answer that is no friend of HTML; rollouts beside the run."""
+    """A run with rollouts, and an evaluation of two checkpoints with an answer that contains HTML."""
     from datasets import Dataset
 
     home = tmp_path_factory.mktemp("report")
@@ -78,7 +78,7 @@ def test_the_page_is_well_formed_and_names_what_it_shows(page):
 
 
 def test_nothing_is_fetched(page):
-    """Images are data, links stay on the page, and no style sheet, script or font is called."""
+    """Images are data URLs, links stay on the page, and no style sheet, script or font is loaded."""
     tree = ElementTree.fromstring(page.read_text().removeprefix("<!DOCTYPE html>"))
     named = {
         value
@@ -92,14 +92,14 @@ def test_nothing_is_fetched(page):
     assert not re.search(r"@import|url\((?!#)", page.read_text())
 
 
-def test_an_answer_is_text_whatever_it_says(page):
+def test_an_answer_is_escaped(page):
     text = page.read_text()
     assert "<script" not in text and text.count("&lt;script&gt;alert") >= 2  # an answer and a completion
     assert "\x07" not in text and "\u2407" in text
 
 
 def test_a_report_moves_with_its_folder(folders, tmp_path):
-    """Small copies of the images lie beside it: the data may be gone."""
+    """The folder contains thumbnails, so the page does not need the data."""
     moved = shutil.copytree(folders / "eval", tmp_path / "moved")
     write_page([moved], tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text().count("<img ") == sum(
@@ -108,7 +108,7 @@ def test_a_report_moves_with_its_folder(folders, tmp_path):
 
 
 def test_a_report_file_keeps_its_images_next_to_it(folders, checkpoints, digits, tmp_path):
-    """`--out FILE.json`: thumbnails lie in a folder beside it, and the page of the file embeds them."""
+    """`--out FILE.json`: thumbnails are in a folder next to the file, and its page embeds them."""
     out = tmp_path / "demo.json"
     flags = ("--data", digits / "reported.jsonl", "--limit", 2, "--max-new-tokens", 1, "--out", out)
     run = CliRunner().invoke(app, ["eval", *map(str, (checkpoints["vl_moe"], *flags))])
@@ -133,7 +133,7 @@ def test_a_report_without_baselines_still_loads(folders, tmp_path):
     assert "run is compared with vl_moe." in (tmp_path / "page.html").read_text()
 
 
-def test_nothing_a_file_says_moves_the_cursor(capsys):
+def test_control_characters_do_not_reach_the_terminal(capsys):
     """Control characters become symbols and markup stays text, in lines and in tables."""
     from ernie_align.report.console import Terminal, checks_table
 
@@ -163,7 +163,7 @@ def test_the_command(folders, tmp_path):
     reason="Chromium is absent: no browser has looked at the page (apt-get install chromium; pip install playwright)",
 )
 def test_in_a_browser(page):
-    """On a phone and on a desk, light and dark: no error, nothing fetched, no sideways scrolling, readable text."""
+    """On a phone and on a desktop, light and dark: no error, no request, no horizontal scrolling, readable text."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
@@ -182,7 +182,7 @@ def test_in_a_browser(page):
                     "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
                 )
                 chart = tab.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill")
-                assert chart == ink  # a chart's text is the page's own color, in the dark as in the light
+                assert chart == ink  # a chart's text has the page's text color in both schemes
                 assert contrast(ink, ground) > 7  # WCAG 2.2, level AAA
                 assert (luminance(ground) < 0.1) == (scheme == "dark")
                 assert tab.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
