@@ -158,7 +158,7 @@ SCORERS: dict[str, Callable[[Any, Path | None], Scorer]] = {
     "contains": _contains,
     "choice": _choice,
     "numeric": _numeric,
-    "maths": _maths,
+    "math": _maths,
     "format": _format,
     "thinking": _thinking,
     "json_schema": _json_schema,

@@ -18,14 +18,14 @@ from tests.support.runs import ROOT, beside, write_rows
 
 
 def faults_of(tmp_path, text):
-    path = tmp_path / "plan.yaml"
+    path = tmp_path / "config.yaml"
     path.write_text(text)
     with pytest.raises(RecipeError) as caught:
         load_eval_config(path)
-    return [(fault.where.replace(str(path), "plan.yaml"), fault.what, fault.fix) for fault in caught.value.faults]
+    return [(fault.where.replace(str(path), "config.yaml"), fault.what, fault.fix) for fault in caught.value.faults]
 
 
-def test_every_fault_of_a_plan_at_once_with_its_place(tmp_path):
+def test_every_error_of_a_config_at_once_with_its_place(tmp_path):
     text = """data:
   - {path: a.jsonl, limitt: 3}
 metrics:
@@ -35,19 +35,22 @@ metrics:
 generation: {samples: 3}
 """
     faults = {where: (what, fix) for where, what, fix in faults_of(tmp_path, text)}
-    assert faults["plan.yaml:2:21  data[0].limitt"] == ("unknown key", "did you mean limit?")
-    assert faults["plan.yaml:4:12  metrics[0].name"] == ("'exact_mach' is no metric", "did you mean exact_match?")
-    assert faults["plan.yaml:5:29  metrics[1].threshold"][0] == "'high' where a number is wanted"
-    assert faults["plan.yaml:6:41  metrics[2].verifier"][0] == "perplexity verifies nothing"
-    assert "3 greedy samples are 3 times the same one" in faults["plan.yaml:7:23  generation.samples"][0]
+    assert faults["config.yaml:2:21  data[0].limitt"] == ("unknown key", "did you mean limit?")
+    assert faults["config.yaml:4:12  metrics[0].name"] == ("unknown metric 'exact_mach'", "did you mean exact_match?")
+    assert faults["config.yaml:5:29  metrics[1].threshold"][0] == "expected a number, got 'high'"
+    assert faults["config.yaml:6:41  metrics[2].verifier"][0] == "perplexity is not a verifier"
+    assert "3 greedy samples of a row are identical" in faults["config.yaml:7:23  generation.samples"][0]
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"data": [{"path": "x/a.jsonl"}, {"path": "y/a.jsonl"}]}, "the name 'a.jsonl' stands twice"),
-        ({"metrics": [{"name": "pass_at_k", "k": [4], "verifier": {"name": "exact_match"}}]}, "k 4 and 1 samples"),
-        ({"data": [{"path": "a.jsonl", "instruction": "Answer."}]}, "an instruction without columns"),
+        ({"data": [{"path": "x/a.jsonl"}, {"path": "y/a.jsonl"}]}, "the name 'a.jsonl' is used twice"),
+        (
+            {"metrics": [{"name": "pass_at_k", "k": [4], "verifier": {"name": "exact_match"}}]},
+            "at least 4 samples per row",
+        ),
+        ({"data": [{"path": "a.jsonl", "instruction": "Answer."}]}, "instruction is given without columns"),
     ],
 )
 def test_keys_that_contradict_each_other(changed, message):

@@ -131,12 +131,13 @@ def test_all_faults_at_once_each_with_its_place(tmp_path):
 @pytest.mark.parametrize(
     ("reward", "what"),
     [
-        ("{name: contains, text: a, column: b}", "both column and text"),
-        ("{name: length}", "no bound is named"),
-        ("{name: length, target: 3, max: 4}", "target and max"),
-        ("{name: thinking, min: 5, max: 4}", "min 5 is over max 4"),
+        ("{name: contains, text: a, column: b}", "both column and text are given"),
+        ("{name: maths}", "the reward 'maths' is now called 'math'"),
+        ("{name: length}", "no bound is given"),
+        ("{name: length, target: 3, max: 4}", "target and max are both given"),
+        ("{name: thinking, min: 5, max: 4}", "min 5 is larger than max 4"),
         ("{name: json_schema, against: none.json}", "none.json cannot be read: No such file or directory"),
-        ("{name: judge, url: 'http://x', model: m, rubric: r, max_score: 0.0}", "0.0 is not over min_score 0.0"),
+        ("{name: judge, url: 'http://x', model: m, rubric: r, max_score: 0.0}", "0.0 is not larger than min_score 0.0"),
         ("{name: checklist, criteria: [{name: thinking, weight: 0.0}]}", "criterion thinking has weight 0.0"),
     ],
 )
@@ -150,12 +151,12 @@ def test_keys_that_do_not_go_together(tmp_path, reward, what):
     [
         ("{name: mine.py:brevity}", "6:12  rewards[0].name", "mine.py cannot be read: No such file or directory"),
         ("{name: my_rewards.py:brevitty}", "6:12  rewards[0].name", "my_rewards.py has no function brevitty"),
-        ("{name: my_rewards.py:hasty}", "6:12  rewards[0].name", "hasty takes no **kwargs (my_rewards.py:9)"),
+        ("{name: my_rewards.py:hasty}", "6:12  rewards[0].name", "hasty does not accept **kwargs (my_rewards.py:9)"),
         ("{name: my_rewards.py:later}", "6:12  rewards[0].name", "later is async (my_rewards.py:12)"),
         (
             "{name: broken.py:f}",
             "6:12  rewards[0].name",
-            "broken.py is no Python: '(' was never closed (broken.py, line 1)",
+            "broken.py is not valid Python: '(' was never closed (broken.py, line 1)",
         ),
         (
             "{name: my_rewards.py:brevity, args: {sale: 3}}",

@@ -286,5 +286,5 @@ def test_blocks_reach_their_verifiers():
 
 
 def test_maths_takes_several_right_answers():
-    (reward,) = build_rewards([MathReward(name="maths")])
+    (reward,) = build_rewards([MathReward(name="math")])
     assert reward(["?"], ["$2$"], answer=[["1", "2"]]) == [1] and reward.counts == {}
