@@ -2,7 +2,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 ALIGN := $(BIN)/ernie-align
-CHECKPOINTS := runs/demo/tiny-vl runs/demo/digits-sft/final runs/demo/digits-lora/final runs/demo/digits-vision-lora/final
+RUNS := runs/demo/digits-sft runs/demo/digits-lora runs/demo/digits-vision-lora
+PAGE := runs/demo/report.html
 
 .PHONY: setup demo test test-fast test-examples lint clean-demo
 
@@ -15,17 +16,21 @@ setup: .venv/ready
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-# A tiny ERNIE-4.5-VL learns to read digits, then two LoRA adapters are trained, then all checkpoints are compared.
+# A tiny ERNIE-4.5-VL learns to read digits, then two LoRA adapters are trained on it. All are evaluated, each adapter
+# against the model it was trained on, and the last line is the path of the report page.
 demo: setup clean-demo
 	$(ALIGN) tiny vl_moe runs/demo/tiny-vl
 	$(ALIGN) tiny digits runs/digits
 	$(ALIGN) sft recipes/demo/digits_sft.yaml
 	$(ALIGN) lora recipes/demo/digits_lora.yaml
 	$(ALIGN) lora recipes/demo/digits_vision_lora.yaml
-	$(ALIGN) eval $(CHECKPOINTS) --data runs/digits/test.jsonl --data runs/digits/parity_test.jsonl \
-		--data runs/digits/inverted_test.jsonl --max-new-tokens 8 --out runs/demo/report.json
+	$(ALIGN) eval runs/demo/tiny-vl $(addsuffix /final,$(RUNS)) --data runs/digits/test.jsonl \
+		--data runs/digits/parity_test.jsonl --data runs/digits/inverted_test.jsonl --max-new-tokens 8 \
+		--out runs/demo/report.json
+	$(ALIGN) report runs/demo/report.json $(RUNS) --out $(PAGE)
+	@echo "$(CURDIR)/$(PAGE)"
 
-# removes what an earlier demo made, and nothing else under runs/
+# The demo starts from scratch each time; only its own folders under runs/ are removed.
 clean-demo:
 	rm -rf runs/demo runs/digits
 

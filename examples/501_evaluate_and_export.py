@@ -60,9 +60,7 @@ def main() -> int:
     for checkpoint in compared.results:
         for figure in checkpoint.figures:
             low, high = figure.interval
-            print(
-                f"{checkpoint.name:9} {figure.data:20} {figure.measure:12} {figure.value:.3f} [{low:.3f}, {high:.3f}]"
-            )
+            print(f"{checkpoint.name:9} {figure.data:20} {figure.metric:12} {figure.value:.3f} [{low:.3f}, {high:.3f}]")
     write_page([out], out / "report.html")
     print(f"written: {out / 'report.html'}")
 
