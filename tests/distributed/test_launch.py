@@ -30,7 +30,7 @@ def test_a_profile_is_a_config_of_accelerate_and_says_whether_it_was_run(name):
     config = load_config_from_file(str(path))
     assert config.num_processes >= 1
     head = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
-    assert "Run here:" in head or "Not run here" in head
+    assert "Run by the tests" in head or "Not run on" in head
 
 
 def test_what_is_tested_over_gloo_is_what_the_fsdp2_profile_asks_for():
