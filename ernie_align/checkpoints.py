@@ -40,25 +40,6 @@ def write_atomically(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success, flush that file to disk and rename it to `path`.
-
-    A reader sees the old file or the new one, never half of one. Creates the folder. Raises OSError if a write fails.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    yield partial
-    flush_to_disk(partial)
-    partial.replace(path)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file in UTF-8 through `atomic_path`."""
-    with atomic_path(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
 def partial_checkpoint(folder: str | Path) -> Path:
     """Return `checkpoint.partial` in a run's folder: checkpoints are written there and renamed once complete."""
     return Path(folder) / "checkpoint.partial"
