@@ -34,9 +34,7 @@ class ParallelLayout:
     tp_size: int = 1
     ep_size: int = 1
 
-    def validate(
-        self, architecture: Architecture, world_size: int, *, adapters: bool, where: str, stage: str = "sft"
-    ) -> None:
+    def validate(self, architecture: Architecture, world_size: int, *, adapters: bool, where: str) -> None:
         """Raise RunError if the sizes do not fit the world size, and ModelError if they do not fit the model.
 
         adapters: True if adapters are trained; where: what an error about the model points at.
@@ -51,9 +49,6 @@ class ParallelLayout:
         if self.tp_size > 1 and adapters:
             fix = "leave --tp-size out: --ep-size works with adapters"
             raise RunError.at("--tp-size", "adapters are not supported with tensor parallelism", fix=fix)
-        if self.tp_size > 1 and stage not in ("sft", "lora"):
-            fix = "leave --tp-size out, or train with stage: sft"
-            raise RunError.at("--tp-size", f"stage {stage} does not support tensor parallelism", fix=fix)
         pools = {tensor.shape[0] for tensor in architecture.tensors if tensor.kind == "fused"}
         if self.tp_size > 1 and pools and self.ep_size == 1:
             fix = f"add --ep-size {self.tp_size}, or a multiple of it"
