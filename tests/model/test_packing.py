@@ -12,9 +12,8 @@ import torch
 from ernie_align.data.collate import Collator, PaddingFreeCollator, model_inputs
 from ernie_align.data.formats import canonicalize
 from ernie_align.data.packing import best_fit_decreasing, padding_fraction
-from ernie_align.data.render import IGNORE_INDEX
+from ernie_align.data.render import IGNORE_INDEX, renderer_of
 from ernie_align.errors import ModelError, RecipeError
-from ernie_align.evaluation.generate import renderer_of
 from ernie_align.models.load import load_model
 from ernie_align.models.packed_attention import document_lengths, use_per_document_attention
 from tests.support.runs import FAMILIES, beside, logged, recipe_of, run_quietly, write_rows
@@ -222,7 +221,7 @@ def test_a_stream_is_packed_as_it_comes(checkpoints, text_rows, tmp_path):
 
 def test_other_ways_of_packing_are_refused(checkpoints, rows, tmp_path):
     for training, message in (
-        ({"packing": True, "packing_strategy": "wrapped"}, "none of its values"),
+        ({"packing": True, "packing_strategy": "wrapped"}, "invalid value 'wrapped'"),
         ({"packing_strategy": "bfd"}, "packing_strategy without packing"),
         ({"packing": True, "eval_packing": True}, "held-out rows are never packed"),
     ):

@@ -113,8 +113,8 @@ def test_trls_values_are_accepted(multiple, checkpoints, text_rows, tmp_path):
     [
         ("sft", {"pad_to_multiple_of": 8, "packing": True}, "pad_to_multiple_of 8 without padding"),
         ("lora", {"pad_to_multiple_of": 8, "padding_free": True}, "pad_to_multiple_of 8 without padding"),
-        ("dpo", {"pad_to_multiple_of": 0}, "pad_to_multiple_of 0 is no length"),
-        ("lora", {"pad_to_multiple_of": "eight"}, "pad_to_multiple_of eight is no length"),
+        ("dpo", {"pad_to_multiple_of": 0}, "pad_to_multiple_of 0 is not a length"),
+        ("lora", {"pad_to_multiple_of": "eight"}, "pad_to_multiple_of eight is not a length"),
         ("upo", {"pad_to_multiple_of": 8}, "not set under training"),
     ],
 )

@@ -113,7 +113,7 @@ def test_a_checkpoint_of_deepspeed_is_resumed_by_deepspeed_only(again):
     written.mkdir()
     for process in range(2):
         (written / f"zero_pp_rank_{process}_mp_rank_00_optim_states.pt").touch()
-    with pytest.raises(RunError, match="written by 2 processes under DeepSpeed, and this run is without it"):
+    with pytest.raises(RunError, match="written with DeepSpeed on 2 processes, but this run is without DeepSpeed"):
         run_quietly(recipe, resume=True)
 
 

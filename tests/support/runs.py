@@ -47,7 +47,7 @@ def recipe_of(stage: str, model: Path, train: Path, run_dir: Path, **blocks: Any
         },
         "run": {"dir": str(run_dir)},
     }
-    if stage in ("lora", "dpo"):
+    if stage in ("lora", "dpo", "kto"):
         recipe["adapter"] = {"scopes": ["attention"], "rank": 4, "alpha": 8}
     for name, values in blocks.items():
         recipe[name] = {**recipe.get(name, {}), **values}
@@ -86,7 +86,7 @@ def batch_with_images(bundle: Any, digits: Path) -> dict[str, Any]:
     """Two images in one row, one in the next, none in the third; the shorter rows are padded."""
     from ernie_align.data.collate import Collator
     from ernie_align.data.formats import canonicalize
-    from ernie_align.evaluation.generate import renderer_of
+    from ernie_align.data.render import renderer_of
 
     renderer = renderer_of(bundle)
     rows = [
@@ -133,14 +133,13 @@ def preference(question, chosen, rejected):
     return {"prompt": [{"role": "user", "content": question}], **answers}
 
 
-def trainer_of(recipe):
-    """The trainer that a run of this recipe has, its policy moved away from its reference."""
+def trainer_of(recipe, *, noise=0.02):
+    """The trainer that a run of this recipe has, its policy moved away from its reference by some noise."""
     import torch
 
     from ernie_align.models.load import load_model
     from ernie_align.runs import load_recipe
     from ernie_align.runs.prepare import prepare_data, set_up
-    from ernie_align.stages import Datasets
 
     setup = set_up(load_recipe(recipe))
     recipe = setup.recipe
@@ -148,15 +147,14 @@ def trainer_of(recipe):
     block = recipe.model
     bundle = load_model(block.name, dtype=block.dtype, attention=block.attention)
     torch.manual_seed(0)
-    setup.stage.wrap(recipe, bundle)
+    setup.stage.prepare_model(recipe, bundle)
     config = setup.stage.configure(recipe, recipe.run.dir)
-    batches = Datasets(data.train, data.eval, data.row_name, setup.renderer, data.beside)
-    trainer = setup.stage.build_trainer(recipe, config, bundle, batches, [])
+    trainer = setup.stage.build_trainer(recipe, config, bundle, data, [])
     trainer.model.train()
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
-                parameter += 0.02 * torch.randn_like(parameter)
+                parameter += noise * torch.randn_like(parameter)
     return trainer
 
 
