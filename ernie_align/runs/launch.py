@@ -34,7 +34,7 @@ def profile_path(profile: str) -> Path:
         return known
     if profile.endswith((".yaml", ".yml", ".json")) and Path(profile).is_file():
         return Path(profile)
-    why = "a profile is one of the shipped names, or the path of an Accelerate config"
+    why = f"choose from {', '.join(profiles())}, or give the path of an Accelerate config"
     raise RecipeError.at("--launch", f"unknown profile {profile!r}", why=why, fix=did_you_mean(profile, profiles()))
 
 
