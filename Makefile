@@ -1,15 +1,15 @@
-# `make demo` and `make test` set everything up by themselves.
+# `make demo` and `make test` install everything they need into .venv.
 PYTHON ?= python3.11
 BIN := .venv/bin
 ALIGN := $(BIN)/ernie-align
 RUNS := runs/demo/digits-sft runs/demo/digits-lora runs/demo/digits-vision-lora
 PAGE := runs/demo/report.html
 
-.PHONY: setup demo test test-examples lint clean-demo
+.PHONY: setup demo test test-fast test-examples lint clean-demo
 
 setup: .venv/ready
 
-# torch is installed first and by itself, so that no other package can bring a CUDA build along
+# torch is installed first, so that no other package pulls in a CUDA build
 .venv/ready: pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt torch
@@ -34,11 +34,15 @@ demo: setup clean-demo
 clean-demo:
 	rm -rf runs/demo runs/digits
 
-# one thread per worker: more of them than cores stand in each other's way
+# one thread per worker, since more threads than cores slow each other down
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-# the walkthroughs, from a clean kernel in a clean folder, one after the other; one thread, as models this small want no more
+# without a model or a training run
+test-fast: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/unit
+
+# the walkthroughs, from a clean kernel in a clean folder, one after the other
 test-examples: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m examples tests/examples
 

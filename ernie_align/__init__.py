@@ -43,8 +43,8 @@ def check(recipe: Any, *, overrides: Iterable[str] = (), rows: int = 100) -> Set
     examples, counts = sample_data(setup, rows)
     terminal.sources(counts)
     terminal.preview(preview_example(examples[0], setup.renderer))
-    lines = setup.stage.layout(setup.recipe, [example["length"] for example in examples])
-    for line in (*lines, *setup.stage.tried(setup.recipe, setup.architecture, examples[0])):
+    lines = setup.stage.batching_summary(setup.recipe, [example["length"] for example in examples])
+    for line in (*lines, *setup.stage.preflight(setup.recipe, setup.architecture, examples[0])):
         terminal.log(line)
     checked = sum(count.rows for count in counts)
     terminal.log(

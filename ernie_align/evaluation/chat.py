@@ -9,9 +9,10 @@ from typing import Any, TextIO
 
 from ernie_align.data import media
 from ernie_align.data.formats import canonicalize
+from ernie_align.data.render import renderer_of
 from ernie_align.data.row import RowFault
 from ernie_align.errors import AlignError, DataError
-from ernie_align.evaluation.generate import Sampling, generate_answer, renderer_of
+from ernie_align.evaluation.generate import Sampling, generate_answer
 from ernie_align.models.load import Bundle
 from ernie_align.rewards.completion import parse_completion
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from ernie_align.checkpoints import atomic_path, write_atomically
 from ernie_align.data import media
+from ernie_align.data.render import renderer_of
 from ernie_align.errors import ModelError, RecipeError
 from ernie_align.evaluation import compare, runner
 from ernie_align.evaluation.drift import TextSnapshot, compare_text, load_held_out_text, take_text_snapshot
-from ernie_align.evaluation.generate import renderer_of
 from ernie_align.evaluation.intervals import scipy_stats
 from ernie_align.evaluation.metrics import Metric, build_metrics
 from ernie_align.evaluation.questions import Question, load_questions

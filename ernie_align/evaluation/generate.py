@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ernie_align.data.collate import Collator, model_inputs
-from ernie_align.data.render import Renderer, VisionSpec
+from ernie_align.data.render import Renderer, renderer_of
 from ernie_align.data.row import Row
 from ernie_align.models.load import Bundle
-from ernie_align.models.pixels import ImageSizes
-from ernie_align.models.routing import ModalityTokens, mm_token_type_ids
+from ernie_align.models.routing import mm_token_type_ids
 from ernie_align.models.routing_stats import check_routing, count_routed_tokens, find_expert_pools
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList
-    from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 Key = tuple[int, int]  # (row number, sample number)
 Skip = Callable[[list[Key]], bool]
@@ -39,20 +37,6 @@ class Answer:
     text: str
     ids: list[int]
     opened: bool
-
-
-def make_renderer(
-    tokenizer: TokenizersBackend, modality: ModalityTokens | None, sizes: ImageSizes | None, *, thinking: bool = False
-) -> Renderer:
-    """Build a model's renderer from its tokenizer and image settings. modality, sizes: None for a text model."""
-    if modality is None:
-        return Renderer(tokenizer, thinking=thinking)
-    return Renderer(tokenizer, VisionSpec(modality.image, modality.ids, sizes.grid, sizes.tokens), thinking=thinking)
-
-
-def renderer_of(bundle: Bundle, *, thinking: bool = False) -> Renderer:
-    """Build the renderer of a loaded model."""
-    return make_renderer(bundle.tokenizer, bundle.modality, bundle.image_sizes, thinking=thinking)
 
 
 def iter_batches(

@@ -52,7 +52,7 @@ def pair_logps(
     for keys, chosen in iter_batches(pairs, batch_size=batch_size, skip=skip):
         batch = collate(chosen)
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
-        with ImageFeatureCache(frozen=True).shown(bundle.model, times=2):
+        with ImageFeatureCache(frozen=True).use(bundle.model, times=2):
             logps = labeled_logps(bundle, batch, labels).view(2, -1).T.tolist()
         names = ("chosen_logp", "rejected_logp")
         yield [(*key, dict(zip(names, both, strict=True))) for key, both in zip(keys, logps, strict=True)]

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ernie_align.data.collate import Collator, model_inputs
-from ernie_align.data.render import Renderer
-from ernie_align.evaluation.generate import renderer_of
+from ernie_align.data.render import Renderer, renderer_of
 from ernie_align.evaluation.questions import Question, load_questions
 from ernie_align.models.load import Bundle
 from ernie_align.models.routing_stats import record_expert_choices

@@ -130,11 +130,13 @@ class MathReward(_Reward):
 
     name: Literal["math"]
     column: str = Field("answer", description="Row column with the expected answer, as LaTeX or plain text")
-    timeout: float = Field(5.0, gt=0, description="Maximum seconds for one comparison; a slower one gets 0")
+    timeout: float = Field(
+        5.0, gt=0, description="Maximum seconds of computing for one comparison; a slower one gets 0"
+    )
 
 
 class FormatReward(_Reward):
-    """1 if the answer matches a regular expression, else 0."""
+    """1 if the answer matches a regular expression within a second of computing, else 0."""
 
     name: Literal["format"]
     pattern: str = Field(description="Regular expression of Python's re module; write flags inline: (?s) or (?i)")
@@ -170,7 +172,7 @@ class ThinkingReward(_Reward):
 
 
 class JsonSchemaReward(_Reward):
-    """1 if the answer is JSON that conforms to a JSON schema, else 0."""
+    """1 if the answer is JSON that conforms to a JSON schema, within a second of computing, else 0."""
 
     name: Literal["json_schema"]
     against: Annotated[
@@ -294,11 +296,14 @@ class CustomReward(_Reward):
         return self.name.rpartition(":")[2]
 
     @property
+    def signature(self) -> FunctionSignature:
+        """The function's parameters, read from its file."""
+        return FunctionSignature.read(self.path, self.function)
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Required row columns: parameters without a default that neither TRL nor args provides."""
-        return tuple(
-            name for name in FunctionSignature.read(self.path, self.function).required if name not in self.args
-        )
+        return tuple(name for name in self.signature.required if name not in self.args)
 
     @field_validator("name")
     @classmethod
@@ -314,8 +319,7 @@ class CustomReward(_Reward):
 
     @model_validator(mode="after")
     def _args_are_parameters(self) -> Self:
-        signature = FunctionSignature.read(self.path, self.function)
-        known = [*signature.required, *signature.optional]
+        known = [*self.signature.required, *self.signature.optional]
         for key in self.args:
             if key not in known:
                 fix = did_you_mean(key, known, otherwise="add the parameter to the function")

@@ -96,7 +96,7 @@ class Terminal:
         """Return callbacks that show steps, loss and accuracy."""
         from ernie_align.report.progress import ProgressBar
 
-        return [ProgressBar(self.console)]
+        return [] if self.console.quiet else [ProgressBar(self.console)]
 
     @contextmanager
     def counting(self) -> Iterator[Callable[[str, int, int], None]]:

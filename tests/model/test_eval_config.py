@@ -240,8 +240,8 @@ def test_kl_equals_torchs(checkpoints, compared):
     """KL(baseline || other), token by token, from both models' logits on the shipped page of text."""
     import torch
 
+    from ernie_align.data.render import renderer_of
     from ernie_align.evaluation.drift import load_held_out_text
-    from ernie_align.evaluation.generate import renderer_of
     from ernie_align.models.load import load_model
     from ernie_align.recipe.evaluation import RetentionBlock
 

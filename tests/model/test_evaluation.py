@@ -96,7 +96,7 @@ def test_preference_compares_the_likelihood_of_two_answers(checkpoints, digits, 
     import torch
 
     from ernie_align.data.pairs import PairCollator, PairEncoder
-    from ernie_align.evaluation.generate import renderer_of
+    from ernie_align.data.render import renderer_of
 
     lines = (digits / "preferences-val.jsonl").read_text().splitlines()[:5]
     file = digits / "few-preferences.jsonl"
@@ -169,7 +169,7 @@ def test_perplexity_is_that_of_the_answers_own_tokens(checkpoints, questions):
     """exp(Σ nll / Σ tokens), by cross-entropy of the model's own logits, row by row."""
     import torch
 
-    from ernie_align.evaluation.generate import renderer_of
+    from ernie_align.data.render import renderer_of
     from ernie_align.evaluation.questions import load_questions
     from ernie_align.recipe.evaluation import DataSetBlock
 

@@ -98,7 +98,7 @@ def test_vision_scopes_on_a_text_model(checkpoints, text_rows, tmp_path, monkeyp
     recipe = write_recipe(tmp_path, "lora", checkpoints["moe"], text_rows, tmp_path / "run")
     code, output = run_main(monkeypatch, capsys, "check", recipe, "adapter.scopes=[vision_experts]")
     assert code == 1
-    assert "command line: adapter.scopes: vision_experts is no part of this model (moe)" in output
+    assert "command line: adapter.scopes: this model (moe) has no vision_experts" in output
     assert "choose from embeddings, attention, dense_mlp" in output
 
 

@@ -99,7 +99,7 @@ def test_at_step_zero_the_policy_is_its_reference(
 def test_the_guard_counts_the_same_vision_tokens_in_both_models(
     mode, checkpoints, mixed_pairs, adapter, tmp_path, monkeypatch
 ):
-    from ernie_align.stages.upo import trainer
+    from ernie_align.stages import trainer
 
     counted = []
     check = trainer.check_routing
@@ -136,8 +136,8 @@ def test_ten_steps_are_those_of_trls_own_trainer(checkpoints, text_pairs, tmp_pa
 
     from ernie_align.data.load import encode_sample
     from ernie_align.data.pairs import PairEncoder
+    from ernie_align.data.render import renderer_of
     from ernie_align.data.sources import Source
-    from ernie_align.evaluation.generate import renderer_of
     from ernie_align.recipe import DataBlock, SourceBlock
 
     training = {"max_steps": 10, "per_device_train_batch_size": 4, "learning_rate": 1e-4}
@@ -215,8 +215,8 @@ def test_length_normalize_and_our_own_losses_by_hand(checkpoints, text_pairs, tm
     """At step 0 the ratios are 0 however they are scaled; simpo and the SFT term are what the log-probabilities say."""
     from ernie_align.data.load import encode_sample
     from ernie_align.data.pairs import PairCollator, PairEncoder
+    from ernie_align.data.render import renderer_of
     from ernie_align.data.sources import Source
-    from ernie_align.evaluation.generate import renderer_of
     from ernie_align.losses import token_logps
     from ernie_align.recipe import DataBlock, SourceBlock
 
@@ -389,10 +389,10 @@ def test_a_run_that_cannot_be_gone_on_with_is_told(checkpoints, text_rows, adapt
         ({"dpo": {"beta": 0}}, "greater than 0"),
         ({"dpo": {"loss_type": ["sigmoyd"]}}, "did you mean sigmoid?"),
         ({"dpo": {"loss_type": ["sigmoid"], "loss_weights": [1.0, 2.0]}}, "2 weights for 1 loss types"),
-        ({"dpo": {"loss_type": ["ipo"], "length_normalize": True}}, "counts per token already"),
+        ({"dpo": {"loss_type": ["ipo"], "length_normalize": True}}, "already normalizes by length"),
         ({"dpo": {"loss_type": ["simpo"], "ld_alpha": 0.5}}, "simpo with"),
         ({"training": {"beta": 0.1}}, "set dpo.beta"),
-        ({"data": {"streaming": True}, "dpo": {"reference": "precomputed"}}, "of a stream"),
+        ({"data": {"streaming": True}, "dpo": {"reference": "precomputed"}}, "with data.streaming"),
     ],
 )
 def test_bad_recipes(blocks, message, checkpoints, text_pairs, tmp_path):

@@ -172,6 +172,13 @@ def test_a_function_is_judged_without_running_its_file(here, reward, place, what
     assert (where, fault.what) == (f"recipe.yaml:{place}", what) and fault.fix
 
 
+def test_the_old_name_of_math_says_the_new_one(tmp_path):
+    for reward in ("{name: maths}", "{name: checklist, criteria: [{name: maths}]}"):
+        ((where, fault),) = faults(tmp_path, reward)
+        assert where.startswith("recipe.yaml:6:") and where.endswith("name")
+        assert fault.what == "the reward 'maths' is now called 'math'" and "math" in fault.fix
+
+
 def test_a_function_is_called_as_trl_calls_it(here):
     brevity, by_kind = build_rewards(
         [
@@ -208,7 +215,7 @@ def test_missing_columns_stand_where_the_reward_does(here):
 
 
 def test_every_block_has_its_scorer_and_every_key_its_place_in_the_schema():
-    assert SCORERS.keys() == REWARDS.keys()
+    assert {*SCORERS, "judge", "checklist"} == REWARDS.keys()
     schema = json_schema({"paid": Paid})
     items = schema["$defs"]["Paid"]["properties"]["rewards"]["items"]
     refs = [item["$ref"].rpartition("/")[2] for item in items["anyOf"]]

@@ -29,7 +29,7 @@ def test_at_least_three_sparse_layers(checkpoints):
     """With one, a completion-only loss sends no gradient to vision experts: nothing attends to images then."""
     for family in ("moe", "vl_moe"):
         architecture = Architecture.from_config(json.loads((checkpoints[family] / "config.json").read_text()))
-        assert {tensor.layer for tensor in architecture.of("text_experts")} == {1, 2, 3}
+        assert {tensor.layer for tensor in architecture.by_part["text_experts"]} == {1, 2, 3}
 
 
 def test_mini_has_the_real_pools_and_vocabulary():
