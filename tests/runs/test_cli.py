@@ -116,7 +116,21 @@ def test_the_schema_is_json():
 
 def test_help_names_every_verb():
     told = invoke("--help").output
-    verbs = ("sft", "lora", "dpo", "upo", "check", "plan", "eval", "report", "generate", "export", "tiny", "schema")
+    verbs = (
+        "sft",
+        "lora",
+        "dpo",
+        "kto",
+        "upo",
+        "check",
+        "plan",
+        "eval",
+        "report",
+        "generate",
+        "export",
+        "tiny",
+        "schema",
+    )
     assert all(verb in told for verb in verbs)
 
 
