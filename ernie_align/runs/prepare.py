@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ernie_align.data.load import SourceStats, encode_sample, encode_source, mix_sources
-from ernie_align.data.render import Renderer
+from ernie_align.data.render import Renderer, make_renderer
 from ernie_align.data.sources import Source
 from ernie_align.dataset_report import DatasetReport, SourceSpec, inspect_sources
 from ernie_align.errors import RecipeError
-from ernie_align.evaluation.generate import make_renderer
 from ernie_align.models.architecture import Architecture
 from ernie_align.models.checkpoint_files import CheckpointFiles
 from ernie_align.models.distributed.layout import ParallelLayout
