@@ -11,7 +11,7 @@ import typer
 def evaluate_(
     checkpoints: Annotated[
         list[str],
-        typer.Argument(help="Models, adapters or checkpoints; the others are compared with the first."),
+        typer.Argument(help="Models, adapters or checkpoints of runs."),
     ],
     config: Annotated[
         Path | None, typer.Option(help="Evaluation config: a YAML file with data and metrics, as in recipes/eval.")
@@ -22,9 +22,16 @@ def evaluate_(
     harness: Annotated[
         str | None, typer.Option(help="Instead of --config, text tasks of lm-eval, separated by commas.")
     ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare every other checkpoint with this one. Default: an adapter with its base model if that is "
+            "listed, any other checkpoint with the first one."
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the report and all answers, which a rerun reuses; or a .json file for figures."),
+        typer.Option(help="Folder for the report and all responses, which a rerun reuses; or a .json file."),
     ] = None,
     require: Annotated[
         list[str] | None,
@@ -49,7 +56,7 @@ def evaluate_(
 ) -> None:
     """Evaluate checkpoints on rows with known answers: metrics, differences and drift, with 95 % intervals."""
     from ernie_align.evaluation import evaluate, load_eval_config, make_eval_config
-    from ernie_align.report.comparison import tables
+    from ernie_align.report.comparison import evaluation_tables
     from ernie_align.report.console import Terminal, quiet_libraries
 
     if plan is not None:
@@ -76,11 +83,12 @@ def evaluate_(
             thinking=thinking,
         )
     with terminal.counting() as tick:
-        evaluation = evaluate(checkpoints, plan=loaded, out=out, tick=tick)
+        evaluation = evaluate(checkpoints, config=loaded, baseline=baseline, out=out, tick=tick)
     for result in evaluation.results:
-        rate = f"{result.asked / result.seconds:.1f} per second" if result.asked else "all answers were reused"
-        terminal.log(f"{result.checkpoint}: {result.asked} answers in {result.seconds:.1f} s, {rate}")
-    for table in tables(evaluation):
+        new, seconds = result.new_responses, result.seconds
+        rate = f"{new / seconds:.1f} per second" if new else "all were cached"
+        terminal.log(f"{result.checkpoint}: {new} new responses in {seconds:.1f} s, {rate}")
+    for table in evaluation_tables(evaluation):
         terminal.console.print(table)
     if out is not None:
         terminal.log(f"written: {out if out.suffix == '.json' else out / 'report.json'}")
@@ -106,15 +114,18 @@ def _harness(
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Run directories, or folders from eval --out.")],
-    out: Annotated[Path | None, typer.Option(help="HTML file; default: report.html in the folder.")] = None,
+    folders: Annotated[list[Path], typer.Argument(help="Run directories, or what eval wrote to --out.")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file; default: report.html in the folder, or FILE.html for FILE.json.")
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page about runs and evaluations."""
     from ernie_align.report.page import write_page
 
     if out is None and len(folders) > 1:
         raise typer.BadParameter("required for several folders", param_hint="--out")
-    page = out or folders[0] / "report.html"
+    default = folders[0].with_suffix(".html") if folders[0].is_file() else folders[0] / "report.html"
+    page = out or default
     write_page(folders, page)
     typer.echo(f"written: {page}")
 

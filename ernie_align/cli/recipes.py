@@ -162,7 +162,7 @@ def data_check(
     quiet_libraries()
     terminal = Terminal()
     loaded = ernie_align.load_recipe(recipe, overrides=overrides or ())
-    with terminal.reading() as tick:
+    with terminal.counting() as tick:
         report = ernie_align.check_data(loaded, workers=workers, tick=tick)
     for part in tables(report):
         terminal.console.print(part)
