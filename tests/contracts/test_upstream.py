@@ -52,34 +52,34 @@ def test_private_methods_that_are_overridden_or_called():
     assert '_metrics[mode]["mean_token_accuracy"].append' in source
 
 
-def test_what_the_rollout_trainers_override_or_call():
-    """stages.upo_rollouts stands between TRL's drawing of completions and TRL's policy loss."""
+def test_the_parts_of_trl_that_the_upo_trainer_overrides_or_calls():
+    """stages.upo.trainer sits between TRL's generation and TRL's policy loss."""
     from trl import GRPOConfig, GRPOTrainer
     from trl.trainer.utils import add_fused_lm_head, use_adapter
 
     def parameters(function):
         return list(inspect.signature(function).parameters)
 
-    drawn = ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"]
-    assert parameters(GRPOTrainer._generate_single_turn) == drawn
+    generation = ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"]
+    assert parameters(GRPOTrainer._generate_single_turn) == generation
     assert parameters(GRPOTrainer._prepare_inputs) == ["self", "generation_batch"]
     assert parameters(GRPOTrainer._compute_loss) == ["self", "model", "inputs"]
     forward = parameters(GRPOTrainer._get_per_token_logps_and_entropies)
     assert forward[:5] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep"]
     assert {"pixel_values", "image_grid_thw", "num_images"} <= set(forward)
-    assert parameters(use_adapter) == ["model", "adapter_name"]
+    assert parameters(use_adapter) == ["model", "adapter_name"]  # called by AlignmentTrainer
     assert {"temperature", "cast_lm_head_to_fp32"} <= set(parameters(add_fused_lm_head))
     loss = inspect.getsource(GRPOTrainer._compute_loss)
     for name in ("self.beta", "current_gradient_accumulation_steps", 'inputs["num_items_in_batch"]'):
-        assert name in loss  # what scales its parts, and so ours
+        assert name in loss  # they scale its terms, and so ours
     assert 'inputs.get("old_per_token_logps")' in loss and 'inputs["ref_per_token_logps"]' in loss
-    when = "gradient_accumulation_steps % generate_every != 0"  # when a rollout outlives its policy
+    when = "gradient_accumulation_steps % generate_every != 0"  # when the policy changes within a rollout
     assert when in inspect.getsource(GRPOTrainer._generate_and_score_completions)
-    drawing = inspect.getsource(GRPOTrainer._generate_single_turn)
-    assert "generation_config=self.generation_config" in drawing and "self.generation_kwargs" in drawing
-    assert "self.eos_token_ids" in drawing
+    generate = inspect.getsource(GRPOTrainer._generate_single_turn)
+    assert "generation_config=self.generation_config" in generate and "self.generation_kwargs" in generate
+    assert "self.eos_token_ids" in generate
     assert "_step" in inspect.getsource(GRPOTrainer.training_step)
-    # defaults by which a recipe is judged without importing TRL
+    # defaults that validate a recipe without importing TRL
     from ernie_align.stages.upo.recipe import _DEFAULTS
 
     fields = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
@@ -141,16 +141,13 @@ def test_where_trainer_writes_checkpoints_and_whom_it_tells():
     """Every trainer of ours writes beside (models.seal); runs.keep names what is whole; runs.stopping saves itself."""
     from transformers import Trainer
 
-    from ernie_align.stages.dpo_trainer import PreferenceTrainer
-    from ernie_align.stages.sft_trainer import SupervisedTrainer
-    from ernie_align.stages.upo.forwards import WatchedTrainer
+    from ernie_align.stages.trainer import AlignmentTrainer
 
     assert list(inspect.signature(Trainer._get_output_dir).parameters) == ["self", "trial"]
     assert list(inspect.signature(Trainer._save_checkpoint).parameters) == ["self", "model", "trial"]
     assert "run_dir = self._get_output_dir(trial=trial)" in inspect.getsource(Trainer._save_checkpoint)
     assert "self.callback_handler.on_save(" in inspect.getsource(Trainer._maybe_log_save_evaluate)
-    for trainer in (SupervisedTrainer, PreferenceTrainer, WatchedTrainer):
-        assert "_get_output_dir" in vars(trainer)
+    assert "_get_output_dir" in vars(AlignmentTrainer)
     log = inspect.getsource(Trainer.log)  # as many lines of metrics.jsonl as Trainer remembers
     assert log.index("self.state.log_history.append(output)") < log.index("self.callback_handler.on_log(")
 
@@ -181,10 +178,10 @@ def test_trl_knows_the_loss_types_of_the_recipe():
 
     from trl import DPOTrainer
 
-    from ernie_align.stages.dpo import _OWN_LOSSES, LossType
+    from ernie_align.stages.dpo import _EXTRA_LOSSES, LossType
 
     known = re.findall(r'loss_type == "(\w+)"', inspect.getsource(DPOTrainer._compute_loss))
-    assert set(get_args(LossType)) == {*known, *_OWN_LOSSES}
+    assert set(get_args(LossType)) == {*known, *_EXTRA_LOSSES}
 
 
 def test_transformers_still_lets_documents_see_one_another(checkpoints):
@@ -445,7 +442,7 @@ def test_the_backbone_takes_embeddings_beside_ids_and_images_seen_already():
 
 
 def test_accelerate_still_takes_fsdp_for_ddp_without_an_accelerator():
-    """runs.launched refuses it; tests/support/multi_process.py says that there is one."""
+    """runs.distributed rejects it; tests/support/multi_process.py makes Accelerate believe in one."""
     from accelerate.state import AcceleratorState
 
     source = inspect.getsource(AcceleratorState.__init__)

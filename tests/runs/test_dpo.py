@@ -99,7 +99,7 @@ def test_at_step_zero_the_policy_is_its_reference(
 def test_the_guard_counts_the_same_vision_tokens_in_both_models(
     mode, checkpoints, mixed_pairs, adapter, tmp_path, monkeypatch
 ):
-    from ernie_align.stages.upo import trainer
+    from ernie_align.stages import trainer
 
     counted = []
     check = trainer.check_routing
@@ -389,10 +389,10 @@ def test_a_run_that_cannot_be_gone_on_with_is_told(checkpoints, text_rows, adapt
         ({"dpo": {"beta": 0}}, "greater than 0"),
         ({"dpo": {"loss_type": ["sigmoyd"]}}, "did you mean sigmoid?"),
         ({"dpo": {"loss_type": ["sigmoid"], "loss_weights": [1.0, 2.0]}}, "2 weights for 1 loss types"),
-        ({"dpo": {"loss_type": ["ipo"], "length_normalize": True}}, "counts per token already"),
+        ({"dpo": {"loss_type": ["ipo"], "length_normalize": True}}, "already normalizes by length"),
         ({"dpo": {"loss_type": ["simpo"], "ld_alpha": 0.5}}, "simpo with"),
         ({"training": {"beta": 0.1}}, "set dpo.beta"),
-        ({"data": {"streaming": True}, "dpo": {"reference": "precomputed"}}, "of a stream"),
+        ({"data": {"streaming": True}, "dpo": {"reference": "precomputed"}}, "with data.streaming"),
     ],
 )
 def test_bad_recipes(blocks, message, checkpoints, text_pairs, tmp_path):

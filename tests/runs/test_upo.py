@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ import torch
 from ernie_align import losses
 from ernie_align.errors import ModelError, RecipeError, RunError
 from ernie_align.models.routing import mm_token_type_ids
+from ernie_align.models.routing_stats import count_routed_tokens, find_expert_pools
 from ernie_align.runs import load_recipe, set_up
 from tests.support.runs import FAMILIES, beside, logged, recipe_of, run_quietly, stopped_after, tensors_of, write_rows
 
@@ -23,57 +24,83 @@ REWARDS = [
     {"name": "contains", "text": "e", "label": "has_e", "weight": 1.0},
     {"name": "contains", "text": "a", "label": "has_a", "weight": 0.3},
 ]
-ALL_TEACH = {"always_right": False, "always_wrong": False, "refills": 0}
+NO_FILTER = {"always_right": False, "always_wrong": False, "refills": 0}
 
 
-@pytest.fixture
-def mixed_prompts(digits, tmp_path):
+@pytest.fixture(scope="module")
+def mixed_prompts(digits, tmp_path_factory):
     """Questions with two images, with one and with none."""
+    folder = tmp_path_factory.mktemp("mixed")
     rows = [json.loads(line) for line in (digits / "prompts.jsonl").read_text().splitlines()[:60]]
     chosen = [next(row for row in rows if len(row.get("images", [])) == count) for count in (2, 1, 0)]
     chosen += [row for row in rows if row not in chosen][:9]
     for row in chosen:
-        row["images"] = beside(tmp_path, digits, row.get("images", []))
-    return write_rows(tmp_path / "mixed-prompts.jsonl", chosen)
+        row["images"] = beside(folder, digits, row.get("images", []))
+    return write_rows(folder / "mixed-prompts.jsonl", chosen)
 
 
-@pytest.fixture
-def text_prompts(tmp_path):
+@pytest.fixture(scope="module")
+def text_prompts(tmp_path_factory):
     from ernie_align.tiny.tokenizer import NUMBERS
 
     def row(number):
         question = f"What is {NUMBERS[number % 19]} plus {NUMBERS[(3 * number) % 19]}?"
         return {"prompt": [{"role": "user", "content": question}], "kind": ("even", "odd")[number % 2]}
 
-    return write_rows(tmp_path / "text-prompts.jsonl", [row(number) for number in range(12)])
+    return write_rows(tmp_path_factory.mktemp("text") / "text-prompts.jsonl", [row(number) for number in range(12)])
+
+
+@pytest.fixture(scope="module")
+def image_run(checkpoints, mixed_prompts, tmp_path_factory):
+    """The recipe of a finished run of two steps on prompts with images. Several tests read its folder."""
+    blocks = {
+        "upo": {"temperature": 0.7, "completions_steps": 1},
+        "training": {"gradient_checkpointing": True, "learning_rate": 1e-2},
+    }
+    recipe = upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path_factory.mktemp("image-run") / "run", **blocks)
+    run_quietly(recipe)
+    return recipe
 
 
 def upo_recipe(checkpoints, family, rows, run_dir, **blocks):
     recipe = recipe_of("upo", checkpoints[family], rows, run_dir)
     recipe["rewards"] = REWARDS
     recipe["adapter"] = {**BOTH_POOLS, "scopes": SCOPES[family]}
-    recipe["upo"] = {"num_generations": 4, "max_completion_length": 6, "filter": ALL_TEACH}
+    recipe["upo"] = {"num_generations": 4, "max_completion_length": 6, "filter": NO_FILTER}
     recipe["training"] |= {"per_device_train_batch_size": 12, "max_steps": 2}
     for name, values in blocks.items():
         recipe[name] = {**recipe.get(name, {}), **values} if isinstance(values, dict) else values
     return {name: block for name, block in recipe.items() if block is not None}
 
 
-def trainer_of(recipe):
+def make_trainer(recipe):
     """The trainer of a recipe, before its first step."""
     from ernie_align.runs.prepare import prepare_data
     from ernie_align.runs.train import load_for_training
-    from ernie_align.stages import Datasets
 
     setup = set_up(load_recipe(recipe))
     config = setup.stage.configure(setup.recipe, setup.recipe.run.dir)
     data = prepare_data(setup)
     bundle = load_for_training(setup, None)
-    batches = Datasets(data.train, data.eval, data.row_name, setup.renderer, data.beside)
-    trainer = setup.stage.build_trainer(setup.recipe, config, bundle, batches, [])
+    trainer = setup.stage.build_trainer(setup.recipe, config, bundle, data, [])
     trainer.current_gradient_accumulation_steps = config.gradient_accumulation_steps
     trainer.model.train()
     return trainer
+
+
+def move_from_reference(model):
+    """Give the adapter weights that are not zero, so that the policy differs from its reference."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
+
+
+def sample_and_score(trainer, examples):
+    """Groups of four completions for each example."""
+    groups = trainer.rollouts.sample(examples, 4)
+    trainer.rollouts.score(groups, trainer.state, trainer._metrics["train"])
+    return groups
 
 
 def first_batch(trainer):
@@ -81,7 +108,7 @@ def first_batch(trainer):
 
 
 def plain_logps(model, inputs, temperature=1.0):
-    """(B, C) by the model's own logits: nothing of the trainer's way to them."""
+    """(B, C) log-probs from the model's own logits, computed without any code of the trainer."""
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
     images = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
@@ -93,15 +120,13 @@ def plain_logps(model, inputs, temperature=1.0):
 def test_pairs_alone_are_dpo_on_best_and_worst(checkpoints, mixed_prompts, tmp_path):
     """With images, after the policy has left its reference; at first the loss is log 2."""
     blocks = {"upo": {"policy_weight": 0.0, "kl_weight": 0.0, "preference_weight": 1.0}}
-    trainer = trainer_of(upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / "run", **blocks))
+    trainer = make_trainer(upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / "run", **blocks))
     inputs = trainer._prepare_inputs(first_batch(trainer))
     assert len(inputs["pairs"]) >= 2
     assert trainer._compute_loss(trainer.model, inputs).item() == pytest.approx(math.log(2), abs=1e-6)
 
+    move_from_reference(trainer.model)
     with torch.no_grad():
-        for name, weight in trainer.model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
         found = trainer._compute_loss(trainer.model, inputs)
         trainer.model.eval()
         mask = inputs["completion_mask"]
@@ -115,11 +140,11 @@ def test_pairs_alone_are_dpo_on_best_and_worst(checkpoints, mixed_prompts, tmp_p
     assert found.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
-def test_best_and_worst_are_what_the_rewards_say(checkpoints, mixed_prompts, tmp_path):
-    trainer = trainer_of(upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / "run"))
+def test_pairs_are_best_and_worst_by_reward(checkpoints, mixed_prompts, tmp_path):
+    trainer = make_trainer(upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / "run"))
     inputs = trainer._prepare_inputs(first_batch(trainer))
     texts = [
-        trainer._decode(ids[:n].tolist())
+        trainer.rollouts.decode(ids[:n].tolist())
         for ids, n in zip(inputs["completion_ids"], inputs["completion_mask"].sum(1), strict=True)
     ]
     earned = torch.tensor([1.0 * ("e" in text) + 0.3 * ("a" in text) for text in texts])
@@ -132,16 +157,13 @@ def test_best_and_worst_are_what_the_rewards_say(checkpoints, mixed_prompts, tmp
 
 
 def test_without_preference_it_is_trls_grpo_on_the_same_rollouts(checkpoints, text_prompts, tmp_path):
-    """TRL's own trainer scores, normalizes and learns from the completions that ours drew: loss and every gradient."""
+    """TRL's own trainer scores, normalizes and learns from the completions that ours sampled: loss and gradients."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     blocks = {"upo": {"preference_weight": 0.0, "kl_weight": 0.3, "normalize_rewards": "group"}}
-    ours = trainer_of(upo_recipe(checkpoints, "dense", text_prompts, tmp_path / "run", **blocks))
-    with torch.no_grad():  # away from the reference, so that the KL term says something
-        for name, weight in ours.model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
+    ours = make_trainer(upo_recipe(checkpoints, "dense", text_prompts, tmp_path / "run", **blocks))
+    move_from_reference(ours.model)  # otherwise the KL term is zero
     inputs = ours._prepare_inputs(first_batch(ours))
     loss = ours._compute_loss(ours.model, inputs)
     loss.backward()
@@ -168,7 +190,7 @@ def test_without_preference_it_is_trls_grpo_on_the_same_rollouts(checkpoints, te
     def has(letter):
         return lambda completions, **_: [float(letter in text) for text in completions]
 
-    stock_model = trainer_of(upo_recipe(checkpoints, "dense", text_prompts, tmp_path / "other", **blocks)).model
+    stock_model = make_trainer(upo_recipe(checkpoints, "dense", text_prompts, tmp_path / "other", **blocks)).model
     weights = dict(ours.model.named_parameters())
     with torch.no_grad():
         for name, weight in stock_model.named_parameters():
@@ -181,7 +203,7 @@ def test_without_preference_it_is_trls_grpo_on_the_same_rollouts(checkpoints, te
         processing_class=ours.processing_class,
         rollout_func=lambda prompts, trainer: drawn,
     )
-    # TRL would take the adapter that it is handed for the reference too: here both begin behind the bare model
+    # TRL would use a copy of the adapter as the reference; ours is the model without adapters
     stock.model.delete_adapter("ref")
     stock.reward_weights = torch.tensor([1.0, 0.3])
     stock.current_gradient_accumulation_steps = 1
@@ -198,60 +220,48 @@ def test_without_preference_it_is_trls_grpo_on_the_same_rollouts(checkpoints, te
         torch.testing.assert_close(gradient, gradients[name], atol=1e-6, rtol=1e-4)
 
 
-def test_the_guard_counts_the_same_vision_tokens_everywhere(checkpoints, mixed_prompts, tmp_path, monkeypatch):
+def test_every_forward_routes_the_same_vision_tokens(checkpoints, mixed_prompts, tmp_path):
     """Rollout, reference and policy: 4 placeholders, a start and an end for each image of each completion."""
-    from ernie_align.stages.upo import trainer
-
-    counted = []
-    check = trainer.check_routing
-
-    def spy(seen, *, vision_tokens, tokens):
-        counted.append({*seen.vision.values()})
-        check(seen, vision_tokens=vision_tokens, tokens=tokens)
-
-    trainer = trainer_of(upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / "run"))
+    trainer = make_trainer(upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / "run"))
     trainer.state.logging_steps = 0
     trainer.state.global_step = 1  # not the first step, which also compares rollout and training
     batch = first_batch(trainer)
-    monkeypatch.setattr(trainer, "check_routing", spy)
-    trainer._compute_loss(trainer.model, trainer._prepare_inputs(batch))
     expected = sum(6 * len(example["media"]) for example in batch)
     assert expected > 0
-    assert counted == [{expected}] * 3
+    with count_routed_tokens(find_expert_pools(trainer.model)) as seen:
+        inputs = trainer._prepare_inputs(batch)
+        assert {*seen.vision.values()} == {2 * expected}
+        trainer._compute_loss(trainer.model, inputs)
+        assert {*seen.vision.values()} == {3 * expected}
 
 
 @pytest.mark.parametrize("family", ["vl_moe", "dense"])
 def test_an_image_is_encoded_once_for_all_completions_of_a_rollout(
-    family, checkpoints, mixed_prompts, text_prompts, tmp_path, monkeypatch
+    family, checkpoints, mixed_prompts, text_prompts, tmp_path
 ):
-    """And what is drawn is what is drawn when it is encoded for each of them."""
-    from ernie_align.stages.upo import rollouts
-
+    """The completions are the same as when it is encoded for each of them."""
     rows = mixed_prompts if family == "vl_moe" else text_prompts
-    trainer = trainer_of(upo_recipe(checkpoints, family, rows, tmp_path / "run"))
+    trainer = make_trainer(upo_recipe(checkpoints, family, rows, tmp_path / "run"))
     examples = first_batch(trainer)[::4]
     trainer.model.eval()
-    asked = []
+    encoded, given = [], []
     if family == "vl_moe":
         tower = trainer.model.get_base_model().model.vision_tower
-        tower.patch_embed.register_forward_pre_hook(lambda module, args: asked.append(len(args[0])))
-
-    def draw():
+        tower.patch_embed.register_forward_pre_hook(lambda module, args: encoded.append(len(args[0])))
+    generate = trainer.rollouts.generate
+    trainer.rollouts.generate = lambda *args: given.append(args) or generate(*args)
+    with torch.no_grad():
         torch.manual_seed(0)
-        with torch.no_grad():
-            groups = trainer._sample(examples, 4, looks=False)
-        return [ids for group in groups for ids in group.ids]
-
-    once = draw()
-    monkeypatch.setattr(rollouts, "encoded_once", lambda model: nullcontext())
-    assert draw() == once
+        once = [ids for group in trainer.rollouts.sample(examples, 4) for ids in group.completion_ids]
+        torch.manual_seed(0)
+        assert generate(*given[0])[0] == once
     images = 16 * sum(len(example["media"]) for example in examples)  # of 4 x 4 patches each
-    assert asked == ([images, 4 * images] if family == "vl_moe" else [])
+    assert encoded == ([images, 4 * images] if family == "vl_moe" else [])
 
 
 @pytest.mark.parametrize("when", ["rollout", "loss"])
 def test_lost_routing_stops_the_run(when, checkpoints, mixed_prompts, tmp_path):
-    trainer = trainer_of(upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / "run"))
+    trainer = make_trainer(upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / "run"))
     backbone = trainer.model.get_base_model().model
     batch = first_batch(trainer)
     inputs = trainer._prepare_inputs(batch) if when == "loss" else None
@@ -259,11 +269,11 @@ def test_lost_routing_stops_the_run(when, checkpoints, mixed_prompts, tmp_path):
 
     def all_are_text(module, args, kwargs):
         ids = kwargs["input_ids"]
-        places = mm_token_type_ids(ids, trainer.modality)
+        places = mm_token_type_ids(ids, trainer.rollouts.modality)
         return args, {**kwargs, "mm_token_type_ids": places, "moe_mm_token_type_ids": torch.zeros_like(ids)}
 
     backbone.register_forward_pre_hook(all_are_text, with_kwargs=True)
-    with pytest.raises(ModelError, match="reached the vision pool"):
+    with pytest.raises(ModelError, match="reached the vision experts"):
         if when == "loss":
             trainer._compute_loss(trainer.model, inputs)
         else:
@@ -271,29 +281,32 @@ def test_lost_routing_stops_the_run(when, checkpoints, mixed_prompts, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_sees_what_the_rollout_saw(family, checkpoints, mixed_prompts, text_prompts, tmp_path):
-    """Log-probabilities of the rollout and of the loss agree, and so do the experts, at a temperature of its own."""
-    rows = mixed_prompts if family == "vl_moe" else text_prompts
-    blocks = {"upo": {"temperature": 0.7}, "training": {"gradient_checkpointing": True}}
-    run_quietly(upo_recipe(checkpoints, family, rows, tmp_path / "run", **blocks))
-    apart = logged(tmp_path / "run", "rollout/logps_apart")
+def test_training_recomputes_what_the_rollout_sampled(family, checkpoints, text_prompts, tmp_path, request):
+    """Log-probs of the rollout and of the loss agree, and so do the experts, at a temperature other than 1."""
+    run_dir = tmp_path / "run"
+    if family == "vl_moe":
+        run_dir = Path(request.getfixturevalue("image_run")["run"]["dir"])
+    else:
+        blocks = {"upo": {"temperature": 0.7}, "training": {"gradient_checkpointing": True}}
+        run_quietly(upo_recipe(checkpoints, family, text_prompts, run_dir, **blocks))
+    apart = logged(run_dir, "rollout/logps_apart")
     assert len(apart) == 2 and max(apart) < 1e-4  # float32, with a cache and without one
     if family != "dense":
-        assert set(logged(tmp_path / "run", "routing/flips_text")) == {0.0}
+        assert set(logged(run_dir, "routing/flips_text")) == {0.0}
     if family == "vl_moe":
-        assert set(logged(tmp_path / "run", "routing/flips_vision")) == {0.0}
+        assert set(logged(run_dir, "routing/flips_vision")) == {0.0}
 
 
 def test_no_rollout_holds_a_modality_token(checkpoints, mixed_prompts, tmp_path):
-    """Even where the model wants nothing but images."""
-    trainer = trainer_of(upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / "run"))
-    ids = sorted(trainer.modality.ids)
+    """Even if modality tokens have the largest logits."""
+    trainer = make_trainer(upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / "run"))
+    ids = sorted(trainer.rollouts.modality.ids)
 
-    def wish(module, args, kwargs, output):
+    def prefer_modality_tokens(module, args, kwargs, output):
         if "labels" not in kwargs:
             output.logits[..., ids] += 100.0
 
-    trainer.model.get_base_model().register_forward_hook(wish, with_kwargs=True)
+    trainer.model.get_base_model().register_forward_hook(prefer_modality_tokens, with_kwargs=True)
     inputs = trainer._prepare_inputs(first_batch(trainer))
     assert not torch.isin(inputs["completion_ids"], torch.tensor(ids)).any()
 
@@ -305,11 +318,8 @@ def test_small_batches_add_up_to_a_large_one(checkpoints, mixed_prompts, tmp_pat
         training = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
         recipe = upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / str(size), training=training)
         recipe["upo"] |= {"preference_weight": 1.0, "kl_weight": 0.3}
-        trainer = trainer_of(recipe)
-        with torch.no_grad():
-            for name, weight in trainer.model.named_parameters():
-                if "lora_B" in name:
-                    weight.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
+        trainer = make_trainer(recipe)
+        move_from_reference(trainer.model)
         torch.manual_seed(0)
         for batch, _ in zip(trainer.get_train_dataloader(), range(steps), strict=False):
             inputs = trainer._prepare_inputs(batch)
@@ -322,22 +332,21 @@ def test_small_batches_add_up_to_a_large_one(checkpoints, mixed_prompts, tmp_pat
         torch.testing.assert_close(gradient, gradients[1][name], atol=2e-6, rtol=1e-3)
 
 
-def test_two_runs_of_one_seed_are_one_run(checkpoints, mixed_prompts, tmp_path):
+def test_two_runs_with_one_seed_are_equal(image_run, tmp_path):
     from datasets import load_dataset
 
-    tables = []
-    for name in ("one", "two"):
-        recipe = upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / name, upo={"completions_steps": 1})
-        run_quietly(recipe)
-        files = str(tmp_path / name / "completions" / "*.parquet")
-        tables.append(load_dataset("parquet", data_files=files, split="train").to_list())
+    folders = [Path(image_run["run"]["dir"]), tmp_path / "again"]
+    run_quietly({**image_run, "run": {"dir": str(folders[1])}})
+    tables = [
+        load_dataset("parquet", data_files=str(folder / "completions" / "*.parquet"), split="train").to_list()
+        for folder in folders
+    ]
     assert tables[0] == tables[1] and len(tables[0]) == 24
-    assert logged(tmp_path / "one") == logged(tmp_path / "two")
-    first, second = tensors_of(tmp_path / "one" / "final"), tensors_of(tmp_path / "two" / "final")
+    assert logged(folders[0]) == logged(folders[1])
+    first, second = (tensors_of(folder / "final") for folder in folders)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert {"row", "domain", "prompt", "completion", "reward/has_e", "reward", "advantage", "side"} <= tables[0][
-        0
-    ].keys()
+    columns = {"row", "domain", "prompt", "completion", "reward/has_e", "reward", "advantage", "side"}
+    assert columns <= tables[0][0].keys()
 
 
 MODES = {
@@ -345,25 +354,30 @@ MODES = {
     "within a rollout": {  # of four steps
         "training": {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 2},
     },
-    "dataset": {"upo": {"pairs": "dataset", "pairs_data": [{"path": "PAIRS"}], "pairs_batch_size": 2}},
+    "dataset": {"upo": {"pairs": "dataset", "pairs_data": [{"path": "PAIRS", "limit": 8}], "pairs_batch_size": 2}},
     "full, dataset, no reference model": {
         "adapter": None,
         "tune": {"scopes": ["attention"]},
-        "upo": {"pairs": "dataset", "pairs_data": [{"path": "PAIRS"}], "pairs_batch_size": 2, "kl_weight": 0.0},
+        "upo": {
+            "pairs": "dataset",
+            "pairs_data": [{"path": "PAIRS", "limit": 8}],
+            "pairs_batch_size": 2,
+            "kl_weight": 0.0,
+        },
     },
     "full": {"adapter": None, "tune": {"scopes": ["attention", "vision_experts"]}},
 }
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_resumed_is_never_stopped(mode, checkpoints, digits, mixed_prompts, tmp_path):
-    """Sampler, generator, refills and pairs go on where they were, into the second epoch."""
+def test_a_resumed_run_equals_an_uninterrupted_one(mode, checkpoints, digits, mixed_prompts, tmp_path):
+    """Sampler, random state, refills and pairs continue where they were, into the second epoch."""
     blocks = json.loads(json.dumps(MODES[mode]).replace("PAIRS", str(digits / "preferences-val.jsonl")))
     runs = []
     for name in ("whole", "again"):
         recipe = upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / name, **blocks)
         recipe["upo"]["filter"] = {"min_group_std": 0.2, "always_wrong": False, "refills": 1}
-        recipe["training"] |= {"max_steps": 7, "save_strategy": "steps", "save_steps": 3, "learning_rate": 5e-3}
+        recipe["training"] |= {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "learning_rate": 5e-3}
         runs.append(recipe)
     whole, again = tmp_path / "whole", tmp_path / "again"
     run_quietly(runs[0])
@@ -375,14 +389,14 @@ def test_resumed_is_never_stopped(mode, checkpoints, digits, mixed_prompts, tmp_
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_offline_pairs_are_dpo_beside_the_rollouts(checkpoints, digits, mixed_prompts, tmp_path):
-    """Each pair once a round; the first batch costs log 2; the reference is asked once and kept."""
+def test_offline_pairs_are_dpo_next_to_the_rollouts(checkpoints, digits, mixed_prompts, tmp_path):
+    """Each pair once per epoch; the first loss is log 2; reference log-probs are computed once and stored."""
     pairs = digits / "preferences-val.jsonl"
     offline = {"pairs": "dataset", "pairs_data": [{"path": str(pairs), "limit": 6}], "pairs_batch_size": 3}
     blocks = {"upo": {**offline, "policy_weight": 0.0, "kl_weight": 0.0, "preference_weight": 0.5}}
-    trainer = trainer_of(upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / "run", **blocks))
+    trainer = make_trainer(upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / "run", **blocks))
     inputs = trainer._prepare_inputs(first_batch(trainer))
-    assert "ref_per_token_logps" not in inputs, "nobody asks for it"
+    assert "ref_per_token_logps" not in inputs, "not needed"
     assert trainer._compute_loss(trainer.model, inputs).item() == pytest.approx(0.5 * math.log(2), abs=1e-6)
     drawn = trainer.pairs["pairs"]
     rounds = [
@@ -396,22 +410,25 @@ def test_held_out_pairs_are_measured_at_each_evaluation(checkpoints, digits, mix
     held_out = [{"path": str(digits / "preferences-val.jsonl"), "limit": 6}]
     recipe = upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / "run", upo={"pairs_eval": held_out})
     recipe["data"]["eval"] = [{"path": str(mixed_prompts), "limit": 3}]
-    recipe["training"] |= {"num_generations_eval": 1, "per_device_eval_batch_size": 3, "learning_rate": 0.0}
+    recipe["training"] |= {
+        "num_generations_eval": 1,
+        "per_device_eval_batch_size": 3,
+        "learning_rate": 0.0,
+        "max_steps": 1,
+    }
     result = run_quietly(recipe)
-    # nothing was learned: what is left is float32 in batches of another width
+    # the learning rate is 0: what remains is float32 rounding in batches of another width
     assert result.metrics["eval_held_out/margin"] == pytest.approx(0.0, abs=1e-6)
     assert {"eval_reward", "eval_rewards/has_e", "eval_loss"} <= result.metrics.keys()
 
 
 @pytest.mark.parametrize("mode", ["continued adapter", "full"])
-def test_the_reference_is_where_the_run_began(mode, checkpoints, mixed_prompts, tmp_path):
+def test_the_reference_is_the_model_that_the_run_began_with(mode, checkpoints, mixed_prompts, tmp_path, request):
     """No KL at the first step, some after it; the frozen copy is not saved."""
-    first = upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / "first", training={"learning_rate": 1e-2})
-    run_quietly(first)
     blocks = {"adapter": None, "tune": {"scopes": "all"}} if mode == "full" else {}
     recipe = upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / "run", **blocks)
     if mode == "continued adapter":
-        recipe["model"]["name"] = str(tmp_path / "first")
+        recipe["model"]["name"] = request.getfixturevalue("image_run")["run"]["dir"]
         del recipe["adapter"]
     recipe["training"]["learning_rate"] = 1e-2
     run_quietly(recipe)
@@ -420,15 +437,16 @@ def test_the_reference_is_where_the_run_began(mode, checkpoints, mixed_prompts, 
     assert not (tmp_path / "run" / "final" / "ref").exists()
 
 
-def test_what_teaches_nothing_is_replaced_counted_and_earns_nothing(checkpoints, mixed_prompts, tmp_path):
-    """A reward that everybody gets: all groups are left out, others drawn, and the last ones stay without effect."""
+def test_zero_advantage_groups_are_replaced_counted_and_have_no_effect(checkpoints, mixed_prompts, tmp_path):
+    """With a reward of 1 for every answer all groups are filtered, others sampled, and the rest has no gradient."""
     recipe = upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / "run", upo={"filter": {"refills": 2}})
+    recipe["training"]["max_steps"] = 1
     recipe["rewards"] = [{"name": "format", "pattern": ".*", "match": "search"}]
     recipe["upo"]["kl_weight"] = 0.0
     run_quietly(recipe)
-    assert logged(tmp_path / "run", "filter/always_right") == [9.0, 9.0]  # three groups, drawn three times
-    assert logged(tmp_path / "run", "filter/unfilled") == [3.0, 3.0]
-    assert logged(tmp_path / "run", "grad_norm") == [0.0, 0.0]
+    assert logged(tmp_path / "run", "filter/always_right") == [9.0]  # three groups, sampled three times
+    assert logged(tmp_path / "run", "filter/unfilled") == [3.0]
+    assert logged(tmp_path / "run", "grad_norm") == [0.0]
 
 
 def test_a_reward_that_raises_names_the_function_the_prompt_and_the_completion(checkpoints, text_prompts, tmp_path):
@@ -456,7 +474,7 @@ def test_rewards_are_normalized_within_their_domain(checkpoints, text_prompts, t
         recipe = upo_recipe(checkpoints, "dense", text_prompts, tmp_path / how, **blocks)
         recipe["rewards"] = [{"name": f"{code}:loud"}]
         recipe["training"]["per_device_train_batch_size"] = 48
-        trainer = trainer_of(recipe)
+        trainer = make_trainer(recipe)
         batch = first_batch(trainer)
         odd = torch.tensor(["odd" in example["columns"] for example in batch])
         advantages = trainer._prepare_inputs(batch)["advantages"].abs()
@@ -467,21 +485,21 @@ def test_rewards_are_normalized_within_their_domain(checkpoints, text_prompts, t
 @pytest.mark.parametrize(
     ("block", "values", "what"),
     [
-        ("training", {"per_device_train_batch_size": 6}, "no whole groups of 4"),
+        ("training", {"per_device_train_batch_size": 6}, "not a multiple of upo.num_generations 4"),
         ("training", {"beta": 0.1}, "set upo.kl_weight"),
-        ("training", {"num_generations_eval": 3}, "no whole groups of 3"),
-        ("upo", {"pairs": "dataset"}, "name sources of preference rows"),
-        ("upo", {"pairs": "none", "preference_weight": 0.1}, "without pairs"),
-        ("upo", {"policy_weight": 0.0, "preference_weight": 0.0}, "weigh nothing"),
-        ("upo", {"clip": [1.5, 0.2]}, "no ratio near 1"),
-        ("upo", {"pairs_by": "exact"}, "no reward is called exact"),
-        ("upo", {"filter": {"by": "exact"}}, "no reward is called exact"),
+        ("training", {"num_generations_eval": 3}, "not a multiple of 3 generations"),
+        ("upo", {"pairs": "dataset"}, "list preference rows as pairs_data"),
+        ("upo", {"pairs": "none", "preference_weight": 0.1}, "but pairs is none"),
+        ("upo", {"policy_weight": 0.0, "preference_weight": 0.0}, "both 0"),
+        ("upo", {"clip": [1.5, 0.2]}, "both sides of 1"),
+        ("upo", {"pairs_by": "exact"}, "no reward is named 'exact'"),
+        ("upo", {"filter": {"by": "exact"}}, "no reward is named 'exact'"),
         ("rollout", {"engine": "vllm"}, "not installed"),
-        ("data", {"streaming": True}, "draw prompts by number"),
-        ("upo", {"pairs_eval": [{"path": "x.jsonl"}]}, "name prompts under data.eval"),
+        ("data", {"streaming": True}, "draw prompts by row number"),
+        ("upo", {"pairs_eval": [{"path": "x.jsonl"}]}, "list prompts under data.eval"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_loaded(
+def test_invalid_recipes_are_rejected_before_anything_is_loaded(
     block, values, what, checkpoints, text_prompts, tmp_path
 ):
     recipe = upo_recipe(checkpoints, "dense", text_prompts, tmp_path / "run", **{block: values})
@@ -497,17 +515,14 @@ def test_a_pair_needs_an_even_batch(checkpoints, text_prompts, tmp_path):
         load_recipe(upo_recipe(checkpoints, "dense", text_prompts, tmp_path / "run", **blocks))
 
 
-def test_both_pools_learn_and_nothing_else(checkpoints, mixed_prompts, tmp_path):
-    recipe = upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / "run", training={"learning_rate": 1e-2})
-    run_quietly(recipe)
-    learned = {
-        name for name, tensor in tensors_of(tmp_path / "run" / "final").items() if "lora_B" in name and tensor.any()
-    }
+def test_both_expert_pools_learn(image_run):
+    weights = tensors_of(Path(image_run["run"]["dir"]) / "final")
+    learned = {name for name, tensor in weights.items() if "lora_B" in name and tensor.any()}
     assert any("vision_moe" in name for name in learned) and any("text_moe" in name for name in learned)
 
 
 def test_a_reward_may_look_at_the_images(checkpoints, mixed_prompts, tmp_path):
-    """Those of its own row, as PIL images."""
+    """It receives those of its own row, as PIL images."""
     code = tmp_path / "mine.py"
     code.write_text(
         "def side(prompts, completions, images, **columns):\n"
@@ -515,9 +530,9 @@ def test_a_reward_may_look_at_the_images(checkpoints, mixed_prompts, tmp_path):
     )
     recipe = upo_recipe(checkpoints, "vl_moe", mixed_prompts, tmp_path / "run")
     recipe["rewards"] = [{"name": f"{code}:side"}, *REWARDS]
-    trainer = trainer_of(recipe)
+    trainer = make_trainer(recipe)
     batch = first_batch(trainer)
-    groups = trainer._judged(batch[::4], 4)
+    groups = sample_and_score(trainer, batch[::4])
     assert [group.scores[0, 0].item() for group in groups] == [56.0 * len(e["media"]) for e in batch[::4]]
 
 
@@ -528,19 +543,19 @@ def test_a_column_that_no_row_has_is_refused(checkpoints, text_prompts, tmp_path
         run_quietly(recipe)
 
 
-def test_thinking_is_told_from_answering(checkpoints, text_prompts, tmp_path):
-    """A prompt that opened a thought which the completion never closes: there is no answer to judge."""
+def test_reasoning_is_separated_from_the_answer(checkpoints, text_prompts, tmp_path):
+    """If the prompt opens a thought that the completion never closes, there is no answer to score."""
     recipe = upo_recipe(checkpoints, "vl_moe", text_prompts, tmp_path / "run", data={"thinking": True})
     recipe["rewards"] = [{"name": "contains", "text": "e"}, {"name": "length", "unit": "tokens", "max": 3}]
-    trainer = trainer_of(recipe)
-    groups = trainer._judged(first_batch(trainer)[::4], 4)
-    said = [completion[-1] for group in groups for completion in group.completions]
-    assert all(message["content"] == "" and message["reasoning_content"] for message in said)
+    trainer = make_trainer(recipe)
+    groups = sample_and_score(trainer, first_batch(trainer)[::4])
+    messages = [completion[-1] for group in groups for completion in group.completions]
+    assert all(message["content"] == "" and message["reasoning_content"] for message in messages)
     assert all((group.scores[:, 0] == 0).all() for group in groups)
 
 
 def test_a_reward_may_log_as_it_does_under_trl(checkpoints, text_prompts, tmp_path):
-    """A figure for the log and a column for the table of completions, through TRL's own two arguments."""
+    """A metric and a column of the completion log, through TRL's own two arguments."""
     from datasets import load_dataset
 
     code = tmp_path / "mine.py"
@@ -563,8 +578,8 @@ def test_rewards_are_named_as_logs_name_them(checkpoints, text_prompts, tmp_path
     """The second of a name without a label is name_2, for pairs_by and filter.by too."""
     recipe = upo_recipe(checkpoints, "dense", text_prompts, tmp_path / "run", upo={"pairs_by": "contains_2"})
     recipe["rewards"] = [{"name": "contains", "text": letter} for letter in "ea"]
-    trainer = trainer_of(recipe)
-    assert [reward.name for reward in trainer.rewards] == ["contains", "contains_2"]
+    trainer = make_trainer(recipe)
+    assert [reward.name for reward in trainer.rollouts.rewards] == ["contains", "contains_2"]
     trainer._prepare_inputs(first_batch(trainer))
-    with pytest.raises(RecipeError, match="no reward is called contains_3"):
+    with pytest.raises(RecipeError, match="no reward is named 'contains_3'"):
         load_recipe({**recipe, "upo": {**recipe["upo"], "pairs_by": "contains_3"}})

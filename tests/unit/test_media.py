@@ -109,6 +109,6 @@ def test_the_processed_image_has_the_predicted_grid(tmp_path):
 
 
 def test_an_aspect_over_200_is_refused():
-    with pytest.raises(ValueError, match="an aspect ratio of 201 is over 200"):
+    with pytest.raises(ValueError, match="the aspect ratio 201 exceeds 200"):
         ImageSizes().grid(1, 201)
     assert ImageSizes().grid(1, 200)

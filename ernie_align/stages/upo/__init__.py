@@ -1,1 +1,1 @@
-"""The stage upo."""
+"""Stage upo: rollouts, rewards and preference in one loop."""

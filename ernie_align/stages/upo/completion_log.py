@@ -1,9 +1,10 @@
-"""What one sees of rollouts: figures for the log, and tables of completions kept in the run directory."""
+"""The completion log: tables of completions in the run directory, and the metrics of a rollout."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,19 @@ from ernie_align.rewards import Reward
 from ernie_align.stages.upo.groups import Group
 
 
-class CompletionTables:
-    """`step-<n>.parquet` under a folder: at the first step and then every `steps`, all completions of a rollout."""
+@dataclass
+class CompletionLog:
+    """Writes all completions of a rollout to `step-<n>.parquet` in `folder`: at the first step, then every `steps`."""
 
-    def __init__(self, folder: Path, steps: int):
-        self.folder = folder
-        self.steps = steps
+    folder: Path
+    steps: int
 
-    def wanted(self, step: int) -> bool:
-        """Whether the rollout of a step (counted from 1) is kept."""
+    def is_due(self, step: int) -> bool:
+        """Return True if the rollout of this step (counted from 1) is logged."""
         return step == 1 or step % self.steps == 0
 
-    def keep(self, step: int, rows: list[dict[str, Any]]) -> Path:
-        """Write one table; one that a stopped run left is replaced."""
+    def write(self, step: int, rows: list[dict[str, Any]]) -> Path:
+        """Write the table of a step, over a table that an interrupted run left."""
         from datasets import Dataset
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -38,55 +39,62 @@ class CompletionTables:
 
 
 def completion_table(
-    groups: Sequence[Group], rewards: Sequence[str], decode: Any, row_name: Any
+    groups: Sequence[Group],
+    rewards: Sequence[Reward],
+    decode: Callable[[list[int]], str],
+    row_name: Callable[[int, int], str],
 ) -> list[dict[str, Any]]:
-    """One row per completion: where its prompt stands, what was asked and answered, and what it earned."""
+    """Return one row per completion: the row of its prompt, prompt, completion, scores, reward and advantage."""
     rows = []
     for group in groups:
         sides = dict(zip(group.pair or (), ("chosen", "rejected"), strict=False))
-        for place, completion in enumerate(group.completions):
-            said = completion[-1] if isinstance(completion, list) else {"content": completion}
-            scores = dict(zip(rewards, group.scores[place].tolist(), strict=True))
+        name = row_name(*group.example["rows"])
+        prompt = group.prompt if isinstance(group.prompt, str) else json.dumps(group.prompt)
+        for index, completion in enumerate(group.completions):
+            answer = completion[-1] if isinstance(completion, list) else {"content": completion}
+            scores = zip(rewards, group.scores[index].tolist(), strict=True)
             rows.append(
                 {
-                    "row": row_name(*group.example["rows"]),
+                    "row": name,
                     "domain": group.domain,
-                    "prompt": group.prompt if isinstance(group.prompt, str) else json.dumps(group.prompt),
-                    "completion": said["content"],
-                    "reasoning": said.get("reasoning_content"),
-                    "text": decode(group.ids[place]),
-                    "tokens": len(group.ids[place]),
-                    **{f"reward/{name}": score for name, score in scores.items()},
-                    **{f"extra/{name}": values[place] for name, values in group.extra.items()},
-                    "reward": group.rewards[place].item(),
-                    "advantage": group.advantages[place].item(),
-                    "left_out": group.left_out,
-                    "side": sides.get(place),
+                    "prompt": prompt,
+                    "completion": answer["content"],
+                    "reasoning": answer.get("reasoning_content"),
+                    "text": decode(group.completion_ids[index]),
+                    "tokens": len(group.completion_ids[index]),
+                    **{f"reward/{reward.name}": score for reward, score in scores},
+                    **{f"extra/{column}": values[index] for column, values in group.extra.items()},
+                    "reward": group.rewards[index].item(),
+                    "advantage": group.advantages[index].item(),
+                    "left_out": group.filter_reason,
+                    "side": sides.get(index),
                 }
             )
     return rows
 
 
 def rollout_metrics(groups: Sequence[Group], rewards: Sequence[Reward], stop_ids: Sequence[int]) -> dict[str, float]:
-    """Means over the completions of all processes: rewards by function and by domain, and lengths in tokens."""
+    """Return means over the completions of all ranks: rewards by function and by domain, lengths in tokens."""
     rows = gather_object(
         [
-            (group.domain, group.scores[place].tolist(), group.rewards[place].item(), len(ids), ids[-1] in stop_ids)
+            (group.domain, scores, reward, len(ids), ids[-1] in stop_ids)
             for group in groups
-            for place, ids in enumerate(group.ids)
+            for scores, reward, ids in zip(
+                group.scores.tolist(), group.rewards.tolist(), group.completion_ids, strict=True
+            )
         ]
     )
     domains, scores, sums, lengths, ended = zip(*rows, strict=True)
     total, table, length = torch.tensor(sums), torch.tensor(scores), torch.tensor(lengths, dtype=torch.float32)
-    judged = total[~total.isnan()]
-    figures = {"reward": total.nanmean().item(), "reward_std": judged.std().item() if len(judged) > 1 else 0.0}
+    scored = total[~total.isnan()]
+    metrics = {"reward": total.nanmean().item(), "reward_std": scored.std().item() if len(scored) > 1 else 0.0}
     for number, reward in enumerate(rewards):
-        figures[f"rewards/{reward.name}"] = table[:, number].nanmean().item()
-        figures |= {f"rewards/{reward.name}/{what}": float(count) for what, count in reward.counts.items()}
+        metrics[f"rewards/{reward.name}"] = table[:, number].nanmean().item()
+        metrics |= {f"rewards/{reward.name}/{event}": float(count) for event, count in reward.counts.items()}
     for domain in sorted(set(domains)):
-        own = torch.tensor([other == domain for other in domains])
-        figures[f"domains/{domain}"] = total[own].nanmean().item()
-    return figures | {
+        in_domain = torch.tensor([other == domain for other in domains])
+        metrics[f"domains/{domain}"] = total[in_domain].nanmean().item()
+    return metrics | {
         "completions/mean_length": length.mean().item(),
         "completions/max_length": length.max().item(),
         "completions/cut_off": 1 - sum(ended) / len(ended),

@@ -1,9 +1,8 @@
-"""Groups of completions: what they earned, which of them teach something, and how they are dealt to batches."""
+"""Groups of completions: rewards, filter reasons and pairs, and how their completions are split into batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +12,20 @@ from torch import Tensor
 from ernie_align import losses
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ernie_align.stages.upo.recipe import FilterBlock
 
 
-@dataclass(eq=False)  # a group is itself
+@dataclass(eq=False)  # compared and hashed by identity
 class Group:
     """The G completions of one prompt.
 
-    example: of PromptEncoder; columns: of its row; domain: whose rewards it is normalized with; pixels: pixel_values
-    and image_grid_thw of its images, or nothing; ids: token ids of each completion, its end token included;
-    completions: as rewards see them; scores (G, F): of each of F rewards, NaN where it does not apply; rewards (G,):
-    their weighted sum; advantages (G,); sampled: log-probabilities that another engine drew the tokens with; extra:
-    what rewards want kept beside the completions; left_out: why the group teaches nothing, if so; pair: (best, worst).
+    example: from PromptEncoder; prompt and columns: its JSON fields, decoded; domain: groups of one domain are
+    normalized together; pixels: pixel_values and image_grid_thw of its images, empty without images; completion_ids:
+    token ids of each completion, end token included; completions: the same as rewards receive them; sampled_logps:
+    log-probs of the sampled tokens as vLLM computed them; scores (G, F): one column for each of F rewards, NaN where
+    the reward does not apply; rewards (G,): their weighted sum; advantages (G,); extra: columns that rewards add to the
+    completion log; filter_reason: why the group has zero advantage, None for an informative group; pair: indices of
+    (best, worst).
     """
 
     example: dict[str, Any]
@@ -34,86 +33,88 @@ class Group:
     columns: dict[str, Any]
     domain: str
     pixels: dict[str, Tensor]
-    ids: list[list[int]]
+    completion_ids: list[list[int]]
     completions: list[Any]
-    scores: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-    rewards: Tensor = field(default_factory=lambda: torch.empty(0))
-    advantages: Tensor = field(default_factory=lambda: torch.empty(0))
-    sampled: list[list[float | None]] | None = None
-    extra: dict[str, list[Any]] = field(default_factory=dict)
-    left_out: str | None = None
+    sampled_logps: list[list[float | None]] | None = None
+    scores: Tensor = field(init=False, repr=False)
+    rewards: Tensor = field(init=False, repr=False)
+    advantages: Tensor = field(init=False, repr=False)
+    extra: dict[str, list[Any]] = field(init=False, repr=False)
+    filter_reason: str | None = None
     pair: tuple[int, int] | None = None
 
 
+Sample = tuple[Group, int]  # a group and the index of one of its completions
+
+
+def set_rewards(
+    groups: Sequence[Group], scores: Tensor, weights: Sequence[float], filters: FilterBlock, correctness: int
+) -> None:
+    """Set scores, rewards and filter reason of each group.
+
+    scores (N, F): of all completions, group by group; weights: of the F rewards; correctness: index of the reward that
+    decides which completions are right.
+    """
+    sizes = [len(group.completion_ids) for group in groups]
+    rewards = weighted_sum(scores, weights).split(sizes)
+    for group, group_scores, group_rewards in zip(groups, scores.split(sizes), rewards, strict=True):
+        group.scores, group.rewards = group_scores, group_rewards
+        group.filter_reason = find_filter_reason(group, filters, correctness)
+
+
 def weighted_sum(scores: Tensor, weights: Sequence[float]) -> Tensor:
-    """(N, F) scores -> (N,) rewards; a reward that does not apply (NaN) adds nothing, and where none does it is NaN."""
+    """(N, F) scores -> (N,) rewards. NaN scores count as 0; a row in which all scores are NaN gives NaN."""
     total = (scores * scores.new_tensor(weights)).nansum(dim=1)
     return total.masked_fill(scores.isnan().all(dim=1), torch.nan)
 
 
-def find_filter_reason(group: Group, block: FilterBlock, verifier: int) -> str | None:
-    """Why a group gives no signal, or None. verifier: place of the reward that says what is right."""
-    right = group.scores[:, verifier]
+def find_filter_reason(group: Group, filters: FilterBlock, correctness: int) -> str | None:
+    """Return why a group carries no training signal (always_right, always_wrong or flat), or None if it does.
+
+    correctness: index of the reward that decides which completions are right.
+    """
+    right = group.scores[:, correctness]
     right = right[~right.isnan()]
-    if len(right) and block.always_right and bool((right >= 1).all()):
+    if len(right) and filters.always_right and bool((right >= 1).all()):
         return "always_right"
-    if len(right) and block.always_wrong and bool((right <= 0).all()):
+    if len(right) and filters.always_wrong and bool((right <= 0).all()):
         return "always_wrong"
-    judged = group.rewards[~group.rewards.isnan()]
-    if len(judged) < 2 or float(judged.std()) <= block.min_group_std:
+    scored = group.rewards[~group.rewards.isnan()]
+    if len(scored) < 2 or float(scored.std()) <= filters.min_group_std:
         return "flat"
     return None
 
 
-def select_pairs(group: Group, *, by: int | None, margin: float) -> None:
-    """Best against worst of a group that teaches something. by: place of the reward that ranks; None: their sum."""
-    if group.left_out is None:
-        ranked = group.rewards if by is None else group.scores[:, by]
-        best, worst, is_pair = losses.best_and_worst(ranked[None], margin=margin)
-        group.pair = (int(best), int(worst)) if bool(is_pair) else None
+def select_pairs(groups: Sequence[Group], *, by: int | None, margin: float) -> None:
+    """Pair the best completion of each informative group with its worst.
 
-
-def split_into_batches(groups: Sequence[Group], batches: int) -> list[list[tuple[Group, int]]]:
-    """Completions -> `batches` lists of equal length, pairs evenly among them and each pair whole in one.
-
-    Raises ValueError where the completions do not go round, or where a pair would be torn.
+    by: index of the reward that ranks the completions; None ranks by the weighted sum.
     """
-    singles = [(group, place) for group in groups for place in range(len(group.ids))]
-    size, rest = divmod(len(singles), batches)
-    if rest:
-        raise ValueError(f"{len(singles)} completions cannot be dealt evenly to {batches} batches")
+    for group in groups:
+        if group.filter_reason is None:
+            ranked = group.rewards if by is None else group.scores[:, by]
+            best, worst, is_pair = losses.best_and_worst(ranked[None], margin=margin)
+            group.pair = (int(best), int(worst)) if bool(is_pair) else None
+
+
+def split_into_batches(groups: Sequence[Group], batches: int) -> list[list[Sample]]:
+    """Split all completions into lists of equal length, with the pairs spread evenly and never split.
+
+    Raises ValueError if the completions do not divide evenly, or if a batch cannot hold its pairs.
+    """
+    samples = [(group, index) for group in groups for index in range(len(group.completion_ids))]
+    size, remainder = divmod(len(samples), batches)
+    if remainder:
+        raise ValueError(f"{len(samples)} completions cannot be split evenly into {batches} batches")
     if batches == 1:
-        return [singles]
-    dealt: list[list[tuple[Group, int]]] = [[] for _ in range(batches)]
+        return [samples]
+    result: list[list[Sample]] = [[] for _ in range(batches)]
     paired = [group for group in groups if group.pair is not None]
     for number, group in enumerate(paired):
-        dealt[number % batches] += [(group, place) for place in group.pair]
-    if max(map(len, dealt)) > size:
+        result[number % batches] += [(group, index) for index in group.pair]
+    if max(map(len, result)) > size:
         raise ValueError(f"batches of {size} cannot hold {len(paired)} whole pairs")
-    left = iter([row for row in singles if row[0].pair is None or row[1] not in row[0].pair])
-    for batch in dealt:
-        batch += [next(left) for _ in range(size - len(batch))]
-    return dealt
-
-
-@contextmanager
-def sampled_logps(model: nn.Module, temperature: float) -> Iterator[list[Tensor]]:
-    """Log-probabilities of the tokens that `generate` draws while the context lasts: (B,) for each but the last token.
-
-    Under the distribution at `temperature`, before any token is forbidden or cut off by top-p: the loss recomputes it.
-    Each is known one forward later, when the token is fed.
-    """
-    drawn: list[Tensor] = []
-    latest: list[Tensor] = []
-
-    def take(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if latest:
-            fed = kwargs["input_ids"][:, -1:]
-            drawn.append(latest.pop().gather(-1, fed).squeeze(-1))
-        latest.append(torch.log_softmax(output.logits[:, -1].float() / temperature, dim=-1))
-
-    handle = model.register_forward_hook(take, with_kwargs=True)
-    try:
-        yield drawn
-    finally:
-        handle.remove()
+    unpaired = iter([sample for sample in samples if sample[0].pair is None or sample[1] not in sample[0].pair])
+    for batch in result:
+        batch += [next(unpaired) for _ in range(size - len(batch))]
+    return result
