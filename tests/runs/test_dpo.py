@@ -173,7 +173,7 @@ def first_loss(recipe, run_dir):
 
 
 def test_losses_are_the_pure_functions_on_trls_batch(checkpoints, mixed_pairs, tmp_path):
-    """The same step under each loss; what TRL computes and what losses.py computes from the same log-ratios."""
+    """The same step under each loss: what TRL computes, and the loss by hand from the same log-ratios."""
     from trl import DPOTrainer
 
     from ernie_align import losses
@@ -199,16 +199,15 @@ def test_losses_are_the_pure_functions_on_trls_batch(checkpoints, mixed_pairs, t
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(DPOTrainer, "_compute_loss", Spy())
             first_loss(recipe, tmp_path / loss_type)
-    pure = {
-        "sigmoid": lambda ratios, lengths: losses.dpo_sigmoid(*ratios, beta=0.1),
-        "hinge": lambda ratios, lengths: losses.hinge(*ratios, beta=0.1),
+    by_hand = {
+        "sigmoid": lambda chosen, rejected, lengths: losses.dpo_sigmoid(chosen, rejected, beta=0.1),
+        "hinge": lambda chosen, rejected, lengths: torch.relu(1 - 0.1 * (chosen - rejected)),
+        "ipo": lambda chosen, rejected, lengths: (chosen / lengths[0] - rejected / lengths[1] - 5) ** 2,
     }
-    for number, name in ((1, "sigmoid"), (3, "hinge")):
-        loss, ratios, lengths = seen[number]
+    for number, name in enumerate(by_hand):
+        loss, ratios, lengths = seen[2 * number + 1]
         assert ratios[0].abs().max() > 0
-        assert loss.item() == pytest.approx(pure[name](ratios, lengths).mean().item(), rel=1e-6)
-    loss, ratios, lengths = seen[5]
-    assert loss.item() == pytest.approx(losses.ipo(*ratios, *lengths, beta=0.1).mean().item(), rel=1e-6)
+        assert loss.item() == pytest.approx(by_hand[name](*ratios, lengths).mean().item(), rel=1e-6)
 
 
 def test_length_normalize_and_our_own_losses_by_hand(checkpoints, text_pairs, tmp_path):
@@ -364,7 +363,7 @@ def test_a_run_goes_on_from_the_run_before_it(checkpoints, digits, adapter, tmp_
     assert setup.recipe.model.name == str(checkpoints["vl_moe"])
     assert setup.recipe.adapter.path == str(adapter / "final")
     assert setup.parameter_summary == set_up(load_recipe({**recipe, "adapter": BOTH_POOLS})).parameter_summary
-    assert any("is an adapter: going on with it" in note for note in setup.notes)
+    assert any("is an adapter: training continues with it" in note for note in setup.notes)
     run_quietly(recipe | {"training": recipe["training"] | {"max_steps": 1}})
     assert RunDirectory(tmp_path / "run").final.exists()
     assert logged(tmp_path / "run", "rewards/margins") == [0.0]
@@ -377,7 +376,7 @@ def test_a_run_that_cannot_be_gone_on_with_is_told(checkpoints, text_rows, adapt
     with pytest.raises(RecipeError, match=r"adapter\.path names another"):
         set_up(load_recipe(other))
     shutil.rmtree(adapter / "final")
-    with pytest.raises(RecipeError, match="has not finished"):
+    with pytest.raises(RecipeError, match="is an unfinished run"):
         set_up(load_recipe(recipe_of("lora", adapter, text_rows, tmp_path / "run")))
 
 

@@ -46,8 +46,8 @@ def test_the_loss_is_the_mean_over_trained_tokens(checkpoints, mixed_rows, tmp_p
     """The first logged loss against cross-entropy of the model's own logits, token by token; no auxiliary loss."""
     from ernie_align.data.collate import Collator, RowEncoder
     from ernie_align.data.load import encode_sample
-    from ernie_align.data.sources import Source
     from ernie_align.data.render import renderer_of
+    from ernie_align.data.sources import Source
     from ernie_align.recipe import DataBlock, SourceBlock
 
     run_quietly(recipe_of("sft", checkpoints["vl_moe"], mixed_rows, tmp_path / "run", training={"max_steps": 1}))
