@@ -17,39 +17,42 @@ if TYPE_CHECKING:
 RowName = Callable[[int, int], str]
 
 
-def shared_features() -> dict[str, Any]:
-    """Return the columns that examples of every stage have; the statistics of a source are sums over them."""
+def example_features(*id_columns: str, **scalars: str) -> dict[str, Any]:
+    """Return the `datasets` features of an example: lists of ids, scalars by type, and the columns of every stage.
+
+    The statistics of a source are sums over the columns of every stage.
+    """
     from datasets import Value
     from datasets.features import List
 
+    # training.train_sampling_strategy: group_by_length reads `length`
+    scalars |= dict.fromkeys(("length", "trained", "vision_tokens", "reasoning_left_out"), "int64") | {"cut": "bool"}
     return {
+        **{name: List(Value("int32")) for name in id_columns},
+        **{name: Value(kind) for name, kind in scalars.items()},
         "media": List({"path": Value("string"), "bytes": Value("binary")}),
-        "length": Value("int64"),  # training.train_sampling_strategy: group_by_length reads this column
-        "trained": Value("int64"),
-        "vision_tokens": Value("int64"),
-        "reasoning_left_out": Value("int64"),
-        "cut": Value("bool"),
     }
 
 
-class RowEncoder:
-    """Encode rows for supervised training: token ids, labels and image references.
-
-    max_length: tokens per example, image tokens included; cut: end a longer row after the last answer that fits,
-    instead of dropping it.
-    """
+class BaseEncoder:
+    """Base of the encoders. max_length: tokens per example, image tokens included; cut: shorten longer rows, instead of
+    dropping them."""
 
     def __init__(self, renderer: Renderer, *, max_length: int, cut: bool = False):
         self.renderer = renderer
         self.max_length = max_length
         self.cut = cut
 
+
+class RowEncoder(BaseEncoder):
+    """Encode rows for supervised training: token ids, labels and image references.
+
+    cut: end a longer row after the last answer that fits.
+    """
+
     def features(self) -> dict[str, Any]:
         """Return the columns of an example."""
-        from datasets import Value
-        from datasets.features import List
-
-        return {"input_ids": List(Value("int32")), "labels": List(Value("int32")), **shared_features()}
+        return example_features("input_ids", "labels")
 
     def __call__(self, row: Row) -> list[dict[str, Any]]:
         """Return the examples of a row. Raises RowFault and RowDropped."""
@@ -121,7 +124,6 @@ class Collator(BatchCollator):
         self.left = left
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Raises DataError if an image disappeared or broke after its row was validated."""
         ids, labels = ([example[name] for example in examples] for name in ("input_ids", "labels"))
         columns = ((ids, self.pad_token_id), ([[1] * len(row) for row in ids], 0), (labels, IGNORE_INDEX))
         padded = (pad(rows, value, left=self.left, multiple=self.multiple) for rows, value in columns)
@@ -143,7 +145,6 @@ class PaddingFreeCollator(BatchCollator):
         self.rows = rows
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Raises DataError if an image disappeared or broke after its row was validated."""
         import torch
 
         documents = [document for example in examples for document in self._documents(example)]

@@ -27,9 +27,8 @@ from ernie_align.data.row import (
     Response,
     Row,
     RowFault,
-    expect_list,
+    expect,
     expect_objects,
-    expect_text,
     expect_texts,
 )
 
@@ -52,10 +51,11 @@ def canonicalize(row: Mapping[str, Any], format: str, root: _Root = None) -> Row
 
     Raises RowFault if the row is not in that format, or if image parts and images do not match.
     """
-    missing = _missing(row, FORMAT_COLUMNS[format])
+    convert, columns = _FORMATS[format]
+    missing = _missing(row, columns)
     if missing:
         raise RowFault(f"a {format} row without {', '.join(missing)}", f"it has {', '.join(row)}")
-    result = _CONVERTERS[format](row, root)
+    result = convert(row, root)
     if result.plain is None and not result.messages:
         raise RowFault("no messages", "write a conversation, or drop the row")
     _check_size(result)
@@ -64,7 +64,7 @@ def canonicalize(row: Mapping[str, Any], format: str, root: _Root = None) -> Row
     place_images(result)
     result.tools = parse_tools(row)
     result.thinking = parse_thinking(row)
-    used = {name for column in FORMAT_COLUMNS[format] for name in column.split("|")}
+    used = {name for column in columns for name in column.split("|")}
     used |= {"images", "image", "tools", "thinking", "enable_thinking", "chat_template_kwargs", "system"}
     result.columns = {key: value for key, value in row.items() if key not in used}
     return result
@@ -99,8 +99,8 @@ def _as_list(value: Any) -> list[Any]:
 # -- formats with one answer ------------------------------------------------------------------------------------------
 
 
-def _messages(row: Mapping[str, Any], root: _Root) -> Row:
-    messages, images = extract_images(row["messages"], root)
+def _messages(row: Mapping[str, Any], root: _Root, column: str = "messages") -> Row:
+    messages, images = extract_images(row[column], root)
     return Row(messages=messages, images=images)
 
 
@@ -119,10 +119,7 @@ def _prompt_completion(row: Mapping[str, Any], root: _Root) -> Row:
 
 def _prompt(row: Mapping[str, Any], root: _Root) -> Row:
     """Convert TRL's prompt-only type."""
-    if isinstance(row["prompt"], str):
-        return Row(plain=(row["prompt"], ""))
-    messages, images = extract_images(row["prompt"], root)
-    return Row(messages=messages, images=images)
+    return Row(plain=(row["prompt"], "")) if isinstance(row["prompt"], str) else _messages(row, root, "prompt")
 
 
 def _sharegpt(row: Mapping[str, Any], root: _Root) -> Row:
@@ -134,26 +131,26 @@ def _sharegpt_messages(row: Mapping[str, Any]) -> list[Message]:
 
 
 def _alpaca(row: Mapping[str, Any], root: _Root) -> Row:
-    answer = assistant_message(expect_text(row["output"], "output"))
+    answer = assistant_message(expect(row["output"], str, "output"))
     return Row(messages=[*_alpaca_prompt(row, row["instruction"]), answer])
 
 
 def _alpaca_prompt(row: Mapping[str, Any], instruction: Any) -> list[Message]:
     """Return the system message, the history, and the question: instruction and input on two lines."""
     messages = system_message(row)
-    pairs = [expect_list(pair, "an entry of history") for pair in expect_list(row.get("history") or [], "history")]
+    pairs = [expect(pair, list, "an entry of history") for pair in expect(row.get("history") or [], list, "history")]
     if any(len(pair) != 2 for pair in pairs):
         raise RowFault("an entry of history is not a pair", "write [question, answer]")
     for question, answer in pairs:
-        messages.append(user_message(expect_text(question, "history")))
-        messages.append(assistant_message(expect_text(answer, "history")))
-    parts = (expect_text(instruction, "instruction"), expect_text(row.get("input") or "", "input"))
+        messages.append(user_message(expect(question, str, "history")))
+        messages.append(assistant_message(expect(answer, str, "history")))
+    parts = (expect(instruction, str, "instruction"), expect(row.get("input") or "", str, "input"))
     return [*messages, user_message("\n".join(part for part in parts if part))]
 
 
 def _erniekit(row: Mapping[str, Any], root: _Root) -> Row:
     questions, answers = (expect_texts(row[key], key) for key in ("src", "tgt"))
-    labels = expect_list(row.get("label") or [1] * len(answers), "label")
+    labels = expect(row.get("label") or [1] * len(answers), list, "label")
     if not len(questions) == len(answers) == len(labels):
         what = f"{len(questions)} src, {len(answers)} tgt and {len(labels)} label"
         raise RowFault(what, "give one of each per turn")
@@ -175,12 +172,12 @@ def _erniekit_vl(row: Mapping[str, Any], root: _Root) -> Row:
         images_before.setdefault(index, []).append(image.get("image_url", image.get("image")))
     messages, images = system_message(row), []
     for index, text in enumerate(texts):
-        role = {"mask": "user", "no_mask": "assistant"}.get(expect_text(text.get("tag"), "tag"))
+        role = {"mask": "user", "no_mask": "assistant"}.get(expect(text.get("tag"), str, "tag"))
         if role is None:
             raise RowFault(f"tag {text.get('tag')!r} in text_info", "expected mask (prompt) or no_mask (answer)")
         references = [media.image_reference(image, root) for image in images_before.get(index, [])]
         images += references
-        content = {"type": "text", "text": expect_text(text.get("text") or "", "text")}
+        content = {"type": "text", "text": expect(text.get("text") or "", str, "text")}
         parts = [*({"type": "image"} for _ in references), content]
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] += parts
@@ -200,11 +197,11 @@ def _preference(row: Mapping[str, Any], root: _Root) -> Row:
             return _ranked_row(prompt, [[assistant_message(side)] for side in sides], root)
         if prompt is None:
             prompt, *sides = _split_text(*sides)
-        prompt = expect_text(prompt, "prompt")
+        prompt = expect(prompt, str, "prompt")
         return Row(plain=(prompt, ""), responses=[Response(1, text=sides[0]), Response(0, text=sides[1])])
     chosen, rejected = map(_as_list, sides)
     if not isinstance(prompt, list):
-        prompt = prompt if prompt is None else expect_text(prompt, "prompt")
+        prompt = prompt if prompt is None else expect(prompt, str, "prompt")
         shared = _common_length(chosen, rejected)
         while shared and _role(chosen[shared - 1]) == "assistant" and shared == min(len(chosen), len(rejected)):
             shared -= 1  # equal sides: the last answer is what is compared
@@ -236,7 +233,7 @@ def _alpaca_preference(row: Mapping[str, Any], root: _Root) -> Row:
 
 def _erniekit_preference(row: Mapping[str, Any], root: _Root) -> Row:
     questions, answers = expect_texts(row["src"], "src"), expect_texts(row.get("tgt") or [], "tgt")
-    responses, ranks = expect_list(row["response"], "response"), expect_list(row["sort"], "sort")
+    responses, ranks = expect(row["response"], list, "response"), expect(row["sort"], list, "sort")
     if len(answers) != len(questions) - 1 or len(responses) != len(ranks):
         what = f"{len(questions)} src, {len(answers)} tgt, {len(responses)} response and {len(ranks)} sort"
         raise RowFault(what, "give one tgt fewer than src, and one sort per response")
@@ -260,7 +257,7 @@ def _ultrafeedback(row: Mapping[str, Any], root: _Root) -> Row:
             raise RowFault("a completion without response or score", f"give response and one of {', '.join(_SCORES)}")
         sides.append([assistant_message(response)])
         ranks.append(score)
-    question = user_message(expect_text(row["instruction"], "instruction"))
+    question = user_message(expect(row["instruction"], str, "instruction"))
     return _ranked_row([*system_message(row), question], sides, root, ranks)
 
 
@@ -316,32 +313,19 @@ def _common_length(left: Sequence[Any], right: Sequence[Any]) -> int:
     return next((place for place, (one, other) in pairs if one != other), min(len(left), len(right)))
 
 
-# format -> columns that identify it (`a|b`: either); the first format whose columns are all present is taken
-FORMAT_COLUMNS: dict[str, tuple[str, ...]] = {
-    "sharegpt_preference": ("conversations", "chosen", "rejected"),
-    "alpaca_preference": ("question|instruction", "chosen", "rejected"),
-    "preference": ("chosen", "rejected"),
-    "erniekit_preference": ("src", "response", "sort"),
-    "ultrafeedback": ("instruction", "completions"),
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "erniekit": ("src", "tgt"),
-    "erniekit_vl": ("text_info",),
-    "prompt": ("prompt",),
+# format -> its converter, and the columns that identify it (`a|b`: either); the first format that fits is taken
+_FORMATS: dict[str, tuple[Callable[[Mapping[str, Any], _Root], Row], tuple[str, ...]]] = {
+    "sharegpt_preference": (_sharegpt_preference, ("conversations", "chosen", "rejected")),
+    "alpaca_preference": (_alpaca_preference, ("question|instruction", "chosen", "rejected")),
+    "preference": (_preference, ("chosen", "rejected")),
+    "erniekit_preference": (_erniekit_preference, ("src", "response", "sort")),
+    "ultrafeedback": (_ultrafeedback, ("instruction", "completions")),
+    "messages": (_messages, ("messages",)),
+    "prompt_completion": (_prompt_completion, ("prompt", "completion")),
+    "sharegpt": (_sharegpt, ("conversations",)),
+    "alpaca": (_alpaca, ("instruction", "output")),
+    "erniekit": (_erniekit, ("src", "tgt")),
+    "erniekit_vl": (_erniekit_vl, ("text_info",)),
+    "prompt": (_prompt, ("prompt",)),
 }
-_CONVERTERS: dict[str, Callable[[Mapping[str, Any], _Root], Row]] = {
-    "sharegpt_preference": _sharegpt_preference,
-    "alpaca_preference": _alpaca_preference,
-    "preference": _preference,
-    "erniekit_preference": _erniekit_preference,
-    "ultrafeedback": _ultrafeedback,
-    "messages": _messages,
-    "prompt_completion": _prompt_completion,
-    "sharegpt": _sharegpt,
-    "alpaca": _alpaca,
-    "erniekit": _erniekit,
-    "erniekit_vl": _erniekit_vl,
-    "prompt": _prompt,
-}
+FORMAT_COLUMNS = {name: columns for name, (_, columns) in _FORMATS.items()}

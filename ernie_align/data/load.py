@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ernie_align.data.render import Renderer
 
 MAX_NAMED_ROWS = 20  # faulty or dropped rows that are named, per reason
+# statistic of a source -> column of its examples that it is the sum of
+_SUMS = {"tokens": "length"} | {name: name for name in ("trained", "vision_tokens", "reasoning_left_out", "cut")}
 _SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled together
 
 
@@ -71,11 +73,8 @@ class SourceStats:
         self.kept += 1
         self.examples += len(examples)
         for example in examples:
-            self.tokens += example["length"]
-            self.trained += example["trained"]
-            self.vision_tokens += example["vision_tokens"]
-            self.reasoning_left_out += example["reasoning_left_out"]
-            self.cut += example["cut"]
+            for statistic, column in _SUMS.items():
+                setattr(self, statistic, getattr(self, statistic) + example[column])
             self.images += len(example["media"])
             self.without_images += not example["media"]
 
@@ -104,13 +103,8 @@ def encode_source(
     stats = SourceStats(source.name, source.format)
     if source.streaming:
         return _encode_stream(source, encode, number, stats), stats
-    added = {
-        "rows": List(Value("int64")),
-        "dropped": Value("string"),
-        "fault": Value("string"),
-        "fix": Value("string"),
-    }
-    features = Features({**encode.features(), **added})
+    outcome_features = {name: Value("string") for name in ("dropped", "fault", "fix")}
+    features = Features({**encode.features(), "rows": List(Value("int64")), **outcome_features})
 
     def encode_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         columns: dict[str, list[Any]] = {name: [] for name in features}
@@ -135,7 +129,7 @@ def encode_source(
         cache_file_name=str(cache) if cache else None,
         new_fingerprint=f"ernie-align-{number}",
     )
-    return _select_kept(encoded, source, stats).remove_columns(["dropped", "fault", "fix"]), stats
+    return _select_kept(encoded, source, stats).remove_columns([*outcome_features]), stats
 
 
 def encode_sample(source: Source, encode: Encoder) -> tuple[list[dict[str, Any]], SourceStats]:
@@ -147,10 +141,8 @@ def encode_sample(source: Source, encode: Encoder) -> tuple[list[dict[str, Any]]
         outcome = _encode_row(source, values, encode)
         if outcome.fault is not None:
             faults.append((number, outcome.fault, outcome.fix))
-        elif outcome.dropped is not None:
-            stats.add_dropped(outcome.dropped, partial(source.row_name, number))
         else:
-            stats.add_kept(outcome.examples)
+            outcome.add_to(stats, partial(source.row_name, number))
             examples += outcome.examples
     _raise_faults(source, faults, stats)
     return examples, stats
@@ -191,6 +183,13 @@ class _Outcome(NamedTuple):
     fault: str | None = None
     fix: str | None = None
 
+    def add_to(self, stats: SourceStats, row_name: Callable[[], str]) -> None:
+        """Add the row, which has no fault, to the statistics of its source."""
+        if self.dropped is not None:
+            stats.add_dropped(self.dropped, row_name)
+        else:
+            stats.add_kept(self.examples)
+
 
 def _encode_row(source: Source, values: dict[str, Any], encode: Encoder) -> _Outcome:
     try:
@@ -222,9 +221,8 @@ def _select_kept(encoded: Dataset, source: Source, stats: SourceStats) -> Datase
     faults = ((numbers[i].as_py(), table["fault"][i].as_py(), table["fix"][i].as_py()) for i in faulty)
     _raise_faults(source, faults, stats)
     stats.examples = len(kept)
-    stats.tokens, stats.trained, stats.vision_tokens, stats.reasoning_left_out, stats.cut = (
-        pc.sum(table[name]).as_py() for name in ("length", "trained", "vision_tokens", "reasoning_left_out", "cut")
-    )
+    for statistic, column in _SUMS.items():
+        setattr(stats, statistic, pc.sum(table[column]).as_py())
     images = pc.list_value_length(table["media"])
     stats.images, stats.without_images = pc.sum(images).as_py(), pc.sum(pc.equal(images, 0)).as_py()
     return encoded if len(kept) == len(encoded) else encoded.select(kept.to_pylist())
@@ -252,11 +250,7 @@ def _encode_stream(source: Source, encode: Encoder, number: int, stats: SourceSt
             outcome = _encode_row(source, values, encode)
             if outcome.fault is not None:
                 raise DataError.at(source.row_name(index, values), outcome.fault, fix=outcome.fix or "")
-            if outcome.dropped is not None:
-                stats.add_dropped(outcome.dropped, partial(source.row_name, index, values))
-                continue
-            stats.add_kept(outcome.examples)
-            for example in outcome.examples:
-                yield {**example, "rows": [number, index]}
+            outcome.add_to(stats, partial(source.row_name, index, values))
+            yield from ({**example, "rows": [number, index]} for example in outcome.examples)
 
     return IterableDataset.from_generator(examples)

@@ -11,29 +11,14 @@ from typing import Any
 
 from ernie_align.data import media
 from ernie_align.data.media import MediaAccess
-from ernie_align.data.row import (
-    Message,
-    Row,
-    RowFault,
-    count_images,
-    expect_list,
-    expect_object,
-    expect_objects,
-    expect_text,
-)
+from ernie_align.data.row import Message, Row, RowFault, count_images, expect, expect_objects
 
 ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "function_call": "assistant",
 }
 _THINKING = re.compile(r"\s*<think>\n?(.*?)\n?</think>\s*", re.DOTALL)
 _PLACEHOLDER = "<image>"  # in the text of rows with an images column: the convention of ShareGPT-style sets
@@ -41,7 +26,7 @@ _PLACEHOLDER = "<image>"  # in the text of rows with an images column: the conve
 
 def system_message(row: Mapping[str, Any]) -> list[Message]:
     """Return the system column as a list of one message, or of none."""
-    return [{"role": "system", "content": expect_text(row["system"], "system")}] if row.get("system") else []
+    return [{"role": "system", "content": expect(row["system"], str, "system")}] if row.get("system") else []
 
 
 def user_message(content: Any) -> Message:
@@ -76,7 +61,7 @@ def extract_images(messages: Any, root: Path | MediaAccess | None) -> tuple[list
     """
     images: list[dict[str, Any]] = []
     bare, result = 0, []
-    for message in expect_list(messages, "messages"):
+    for message in expect(messages, list, "messages"):
         if not isinstance(message, Mapping) or "role" not in message:
             raise _no_role()
         if not isinstance(message.get("content"), list):
@@ -142,7 +127,7 @@ def _normalize_assistant(message: Message) -> None:
         message["content"] = "".join(part["text"] for part in message["content"])  # all of its parts are text
     if message.get("tool_calls"):
         message["tool_calls"] = _parse_tool_calls(message["tool_calls"])
-    expect_text(message.get("reasoning_content") or "", "reasoning_content")
+    expect(message.get("reasoning_content") or "", str, "reasoning_content")
     inline = _THINKING.match(message["content"])
     if inline and not message.get("reasoning_content"):
         message["reasoning_content"] = inline.group(1)
@@ -158,11 +143,11 @@ def _parse_tool_calls(calls: Any) -> list[dict[str, Any]]:
     calls = _parse_json(calls, "tool_calls")
     result = []
     for call in expect_objects(calls if isinstance(calls, list) else [calls], "a tool call"):
-        function = expect_object(call.get("function", call), "a tool call")
+        function = expect(call.get("function", call), Mapping, "a tool call")
         if not isinstance(function.get("name"), str):
             raise RowFault("a tool call without a name", 'write {"name": ..., "arguments": {...}}')
         name = "the arguments of a tool call"
-        arguments = expect_object(_parse_json(function.get("arguments") or {}, name) or {}, name)
+        arguments = expect(_parse_json(function.get("arguments") or {}, name) or {}, Mapping, name)
         result.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return result
 
@@ -183,7 +168,7 @@ def _parse_json(value: Any, name: str) -> Any:
 
 def parse_thinking(row: Mapping[str, Any]) -> bool | None:
     """Return the row's own setting of enable_thinking, or None."""
-    nested = expect_object(row.get("chat_template_kwargs") or {}, "chat_template_kwargs")
+    nested = expect(row.get("chat_template_kwargs") or {}, Mapping, "chat_template_kwargs")
     for value in (row.get("thinking"), row.get("enable_thinking"), nested.get("enable_thinking")):
         if value is not None:
             if not isinstance(value, bool):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
-from ernie_align.data.collate import BatchCollator, pad, shared_features
+from ernie_align.data.collate import BaseEncoder, BatchCollator, example_features, pad
 from ernie_align.data.messages import drop_oldest_exchange
 from ernie_align.data.render import IGNORE_INDEX, Example, Renderer
 from ernie_align.data.row import Response, Row, RowDropped, RowFault
@@ -65,7 +65,7 @@ def split_completion(example: Example) -> tuple[list[int], list[int], list[int]]
     return example.input_ids[:start], example.input_ids[start:], mask
 
 
-class PairEncoder:
+class PairEncoder(BaseEncoder):
     """Encode rows for preference training: one example per pair.
 
     max_length: tokens of the prompt with the longer answer, image tokens included; cut: drop the oldest exchanges of a
@@ -77,26 +77,19 @@ class PairEncoder:
         self,
         renderer: Renderer,
         *,
-        max_length: int,
-        cut: bool = False,
         pairing: Pairing = "best_worst",
         drop_bad_pairs: bool = False,
         alternative_fix: str = "set dpo.bad_pairs: drop",
+        **limits: Any,
     ):
-        self.renderer = renderer
-        self.max_length = max_length
-        self.cut = cut
+        super().__init__(renderer, **limits)
         self.pairing = pairing
         self.drop_bad_pairs = drop_bad_pairs
         self.alternative_fix = alternative_fix
 
     def features(self) -> dict[str, Any]:
         """Return the columns of an example. A mask has one entry per token of its answer, 0 outside assistant turns."""
-        from datasets import Value
-        from datasets.features import List
-
-        names = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask")
-        return {**{name: List(Value("int32")) for name in names}, **shared_features()}
+        return example_features("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask")
 
     def __call__(self, row: Row) -> list[dict[str, Any]]:
         """Return the pairs of a row. Raises RowFault and RowDropped."""
@@ -158,7 +151,6 @@ class PairCollator(BatchCollator):
     """
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Raises DataError if an image disappeared or broke after its row was validated."""
         sequences = [
             (example["prompt_ids"], example[f"{side}_ids"], example[f"{side}_mask"])
             for side in SIDES
@@ -178,7 +170,6 @@ class SharedPromptCollator(BatchCollator):
     """
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Raises DataError if an image disappeared or broke after its row was validated."""
         import torch
 
         names = ("prompt_ids", "chosen_ids", "rejected_ids")

@@ -6,13 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ernie_align.data.collate import shared_features
+from ernie_align.data.collate import BaseEncoder, example_features
 from ernie_align.data.messages import drop_oldest_exchange
 from ernie_align.data.render import Renderer
 from ernie_align.data.row import Row, RowDropped, RowFault
 
 
-class PromptEncoder:
+class PromptEncoder(BaseEncoder):
     """Encode rows for a stage in which the model answers: one example per row, with the prompt only.
 
     The final answer of a row, if any, is left out of the prompt and becomes column `answer`, unless the row has one.
@@ -24,14 +24,11 @@ class PromptEncoder:
         self,
         renderer: Renderer,
         *,
-        max_length: int,
-        cut: bool = False,
         domain_column: str | None = None,
         reward_columns: Mapping[str, Sequence[str]] | None = None,
+        **limits: Any,
     ):
-        self.renderer = renderer
-        self.max_length = max_length
-        self.cut = cut
+        super().__init__(renderer, **limits)
         self.domain_column = domain_column
         self.reward_columns = reward_columns or {}
 
@@ -40,13 +37,7 @@ class PromptEncoder:
 
         opened: the generation prompt opens the model's thinking block.
         """
-        from datasets import Value
-        from datasets.features import List
-
-        ids = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
-        return {**ids, "prompt": Value("string"), "columns": Value("string"), "opened": Value("bool")} | (
-            shared_features()
-        )
+        return example_features("input_ids", "labels", prompt="string", columns="string", opened="bool")
 
     def __call__(self, row: Row) -> list[dict[str, Any]]:
         """Return the example of the row's prompt. Raises RowFault and RowDropped."""

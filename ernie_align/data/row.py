@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+_T = TypeVar("_T")
 Message = dict[str, Any]
 
 MAX_MESSAGES = 1000  # per row: each answer is rendered after all messages before it
@@ -89,38 +90,21 @@ def count_images(messages: list[Message]) -> int:
     )
 
 
-def expect_text(value: Any, name: str) -> str:
-    """Return the value. Raises RowFault if it is not a string."""
-    if not isinstance(value, str):
-        raise _type_fault(name, value, "text")
+def expect(value: Any, kind: type[_T], name: str) -> _T:
+    """Return the value. Raises RowFault if it is not of that kind: str, list or Mapping."""
+    if not isinstance(value, kind):
+        names = {str: "text", list: "a list", Mapping: "an object", dict: "an object", bool: "true or false"}
+        number = "a number" if isinstance(value, int | float) else type(value).__name__
+        actual = "null" if value is None else names.get(type(value), number)
+        raise RowFault(f"{name} is {actual}; expected {names[kind]}", "fix or drop the row")
     return value
 
 
 def expect_texts(value: Any, name: str) -> list[str]:
     """Return a list of strings, or one string as a list. Raises RowFault for anything else."""
-    return [expect_text(one, name) for one in ([value] if isinstance(value, str) else expect_list(value, name))]
-
-
-def expect_list(value: Any, name: str) -> list[Any]:
-    """Return the value. Raises RowFault if it is not a list."""
-    if not isinstance(value, list):
-        raise _type_fault(name, value, "a list")
-    return value
-
-
-def expect_object(value: Any, name: str) -> Mapping[str, Any]:
-    """Return the value. Raises RowFault if it is not an object."""
-    if not isinstance(value, Mapping):
-        raise _type_fault(name, value, "an object")
-    return value
+    return [expect(one, str, name) for one in ([value] if isinstance(value, str) else expect(value, list, name))]
 
 
 def expect_objects(value: Any, name: str) -> list[Mapping[str, Any]]:
     """Return the value. Raises RowFault if it is not a list of objects."""
-    return [expect_object(one, name) for one in expect_list(value, name)]
-
-
-def _type_fault(name: str, value: Any, expected: str) -> RowFault:
-    names = {str: "text", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
-    actual = names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
-    return RowFault(f"{name} is {actual}; expected {expected}", "fix or drop the row")
+    return [expect(one, Mapping, name) for one in expect(value, list, name)]

@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ernie_align.data.collate import BatchCollator, shared_features
+from ernie_align.data.collate import BaseEncoder, BatchCollator, example_features
 from ernie_align.data.pairs import encode_responses, split_completion, stack_columns
-from ernie_align.data.render import Renderer
 from ernie_align.data.row import Response, Row, RowDropped, RowFault
 
 if TYPE_CHECKING:
     import torch
 
 
-class UnpairedEncoder:
+class UnpairedEncoder(BaseEncoder):
     """Encode rows with a `label`: true for a desirable completion, false for an undesirable one.
 
     The completion is the `completion` of a prompt/completion row, otherwise the last assistant turn; everything before
@@ -23,18 +22,9 @@ class UnpairedEncoder:
     prompt, never one with an image and never the completion.
     """
 
-    def __init__(self, renderer: Renderer, *, max_length: int, cut: bool = False):
-        self.renderer = renderer
-        self.max_length = max_length
-        self.cut = cut
-
     def features(self) -> dict[str, Any]:
         """Return the columns of an example. completion_mask: one per completion token, 0 outside assistant turns."""
-        from datasets import Value
-        from datasets.features import List
-
-        names = ("prompt_ids", "completion_ids", "completion_mask")
-        return {**{name: List(Value("int32")) for name in names}, "label": Value("bool"), **shared_features()}
+        return example_features("prompt_ids", "completion_ids", "completion_mask", label="bool")
 
     def __call__(self, row: Row) -> list[dict[str, Any]]:
         """Return the row's example. Raises RowFault and RowDropped."""
@@ -97,7 +87,6 @@ class UnpairedCollator(BatchCollator):
         self.kl = kl
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Raises DataError if an image disappeared or broke after its row was validated."""
         prompts = [example["prompt_ids"] for example in examples]
         completions = [(example["completion_ids"], example["completion_mask"]) for example in examples]
         batch = self._pad_completions([(prompt, *own) for prompt, own in zip(prompts, completions, strict=True)])

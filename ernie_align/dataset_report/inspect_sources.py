@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import copy
 import hashlib
 import json
@@ -11,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
@@ -23,13 +22,26 @@ from ernie_align.data import media
 from ernie_align.data.load import Encoder, SourceStats
 from ernie_align.data.row import Message, Row, RowDropped, RowFault
 from ernie_align.data.sources import Source
-from ernie_align.dataset_report.scripts import letters_by_script
 from ernie_align.dataset_report.source_report import SourceReport
 from ernie_align.errors import AlignError, DataError
 from ernie_align.recipe import DataBlock, SourceBlock
 
 _BATCH = 128  # rows that a worker gets at a time
-_AHEAD = 4  # batches per worker that are submitted before the first result is read
+
+# First code point of each range, and its script; "" is digits, signs and spaces.
+_RANGES = (
+    (0x0000, ""), (0x0041, "Latin"), (0x005B, ""), (0x0061, "Latin"), (0x007B, ""), (0x00C0, "Latin"), (0x0250, ""),
+    (0x0370, "Greek"), (0x0400, "Cyrillic"), (0x0530, "Armenian"), (0x0590, "Hebrew"), (0x0600, "Arabic"),
+    (0x0780, "other"), (0x0900, "Devanagari"), (0x0980, "Bengali"), (0x0A00, "other"), (0x0B80, "Tamil"),
+    (0x0C00, "other"), (0x0E00, "Thai"), (0x0E80, "other"), (0x10A0, "Georgian"), (0x1100, "Hangul"), (0x1200, "other"),
+    (0x1E00, "Latin"), (0x1F00, "Greek"), (0x2000, ""), (0x2E80, "Han"), (0x3000, ""), (0x3040, "Kana"),
+    (0x3100, "Han"), (0x3130, "Hangul"), (0x3190, "Han"), (0xA4D0, "other"), (0xAC00, "Hangul"), (0xD7B0, ""),
+    (0xF900, "Han"), (0xFB00, "other"), (0xFE00, ""), (0xFF66, "Kana"), (0xFFA0, ""), (0x10000, "other"), (0x1D000, ""),
+    (0x20000, "Han"), (0x32000, ""),
+)  # fmt: skip
+_FIRST = np.array([first for first, _ in _RANGES], dtype=np.uint32)
+_NAMES = tuple(dict.fromkeys(name for _, name in _RANGES))
+_NUMBERS = np.array([_NAMES.index(name) for _, name in _RANGES])
 
 
 @dataclass(frozen=True)
@@ -117,14 +129,8 @@ def _inspect_batches(inspector: RowInspector, total: int, workers: int) -> Itera
     # fork where that is safe, so that tokenizer and row places are shared and scripts need no __main__ guard
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_set_up_worker, initargs=(inspector,)) as pool:
-        futures: collections.deque[Future[SourceReport]] = collections.deque()
         try:
-            for batch in batches:
-                futures.append(pool.submit(_inspect_in_worker, *batch))
-                if len(futures) > _AHEAD * workers:
-                    yield futures.popleft().result()
-            while futures:
-                yield futures.popleft().result()
+            yield from pool.map(_inspect_in_worker, *zip(*batches, strict=True))
         except BrokenProcessPool:
             what = "a worker was killed, most likely because memory ran out"
             raise DataError.at(inspector.source.name, what, fix="use fewer --workers") from None
@@ -242,6 +248,13 @@ def _add_text_statistics(row: Row, report: SourceReport) -> None:
         report.letters[script] = report.letters.get(script, 0) + number
     main = max(letters, key=letters.__getitem__, default="none")
     report.written[main] = report.written.get(main, 0) + 1
+
+
+def letters_by_script(text: str) -> dict[str, int]:
+    """Count the letters of each script in a text; other characters are left out."""
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    counts = np.bincount(_NUMBERS[np.searchsorted(_FIRST, points, side="right") - 1], minlength=len(_NAMES))
+    return {name: int(number) for name, number in zip(_NAMES, counts, strict=True) if name and number}
 
 
 def _text_of(message: Message) -> str:

@@ -57,11 +57,6 @@ class Histogram:
         self.count += other.count
         self.total += other.total
 
-    @property
-    def mean(self) -> float:
-        """Mean value; 0.0 if empty."""
-        return self.total / self.count if self.count else 0.0
-
     def quantile(self, share: float) -> int:
         """Return the lower edge of the bin of the quantile, which is at most 1/64 below it."""
         rank, below = share * self.count, 0
@@ -76,7 +71,7 @@ class Histogram:
         return {
             "count": self.count,
             "least": self.least,
-            "mean": round(self.mean, 3),
+            "mean": round(self.total / max(1, self.count), 3),
             "most": self.most,
             "quantiles": {f"{100 * share:g}": self.quantile(share) for share in (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)},
             "bins": [[edge, self.bins[edge]] for edge in sorted(self.bins)],

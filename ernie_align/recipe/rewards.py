@@ -1,9 +1,8 @@
-"""The blocks under `rewards:` in a recipe: how answers are scored."""
+"""The blocks under `rewards:`, and the signature of a reward function that a recipe names."""
 
 from __future__ import annotations
 
 import ast
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,32 +13,82 @@ from typing import Annotated, Any, Literal, Self, Union
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from ernie_align.errors import did_you_mean
 from ernie_align.recipe.document import read_text_file
 from ernie_align.recipe.schema import Block, fault
+
+# Arguments that TRL passes to every reward function besides the columns of the rows.
+TRL_REWARD_ARGUMENTS = frozenset(
+    {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
+)
+
+# old name of a reward -> new name; the old one gets an error for one version
+_RENAMED = {"maths": "math"}
 
 Unit = Literal["tokens", "characters", "words"]
 
 
+@dataclass(frozen=True)
+class FunctionSignature:
+    """The parameters of a function, read from its source without running it.
+
+    line: of the definition, from 1; required, optional: parameters without and with a default, except those that TRL
+    passes; accepts_kwargs: it has **kwargs.
+    """
+
+    line: int
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    accepts_kwargs: bool
+    is_async: bool
+
+    @classmethod
+    def read(cls, path: Path, name: str) -> FunctionSignature:
+        """Read the top-level function `name` of the file. Raises a recipe fault if there is none."""
+        try:
+            tree = ast.parse(read_text_file(path), str(path))
+        except OSError as error:
+            fix = "give the path of a Python file; relative paths start at the working directory"
+            raise fault("", f"{path} cannot be read: {error.strerror}", fix=fix) from None
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
+            raise fault("", f"{path} is not valid Python: {error}", fix="correct the file") from None
+        functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        if name not in functions:
+            fix = did_you_mean(name, functions, otherwise="define it at the top level of the file")
+            raise fault("", f"{path} has no function {name}", fix=fix)
+        node = functions[name]
+        names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+        without_default = len(names) - len(node.args.defaults)
+        keywords = list(zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True))
+        required = [*names[:without_default], *(key.arg for key, default in keywords if default is None)]
+        optional = [*names[without_default:], *(key.arg for key, default in keywords if default is not None)]
+        return cls(
+            line=node.lineno,
+            required=tuple(name for name in required if name not in TRL_REWARD_ARGUMENTS),
+            optional=tuple(name for name in optional if name not in TRL_REWARD_ARGUMENTS),
+            accepts_kwargs=node.args.kwarg is not None,
+            is_async=isinstance(node, ast.AsyncFunctionDef),
+        )
+
+
 class _Reward(Block):
-    """The keys of every reward."""
+    """The keys that every reward has."""
 
     name: str
-    label: str | None = Field(None, min_length=1, description="Name in logs; default: the reward's name")
-    weight: float = Field(
-        1.0, allow_inf_nan=False, description="Weight in the sum of rewards; negative is a penalty, 0 is only logged"
-    )
+    label: str | None = Field(None, min_length=1, description="Name of the reward in logs; default: its name")
+    weight: float = Field(1.0, description="Weight in the sum of rewards; negative for a penalty, 0 to log it only")
 
 
-_Column = Field("answer", description="Row column with the expected answer, or a list of right ones")
-_IgnoreCase = Field(False, description="Ignore upper and lower case")
+ANSWER_COLUMN = Field("answer", description="Row column with the expected answer, or a list of correct ones")
+_IGNORE_CASE = Field(False, description="Ignore upper and lower case")
 
 
 class ExactMatchReward(_Reward):
-    """1 if the answer equals the expected one, ignoring white space around them, else 0."""
+    """1 if the answer equals the expected one, ignoring surrounding white space, else 0."""
 
     name: Literal["exact_match"]
-    column: str = _Column
-    ignore_case: bool = _IgnoreCase
+    column: str = ANSWER_COLUMN
+    ignore_case: bool = _IGNORE_CASE
 
 
 class ContainsReward(_Reward):
@@ -48,52 +97,54 @@ class ContainsReward(_Reward):
     name: Literal["contains"]
     column: str | None = Field(None, description="Row column with the text, or a list of texts of which one suffices")
     text: str | None = Field(None, min_length=1, description="The same text for every row")
-    ignore_case: bool = _IgnoreCase
+    ignore_case: bool = _IGNORE_CASE
 
     @model_validator(mode="after")
-    def _validate_text_source(self) -> Self:
+    def _one_origin(self) -> Self:
         if (self.column is None) == (self.text is None):
-            what = "neither column nor text is set" if self.column is None else "both column and text are set"
-            raise fault("text" if self.text else "", what, fix="set column to a row column, or text to one text")
+            what = "neither column nor text is given" if self.column is None else "both column and text are given"
+            raise fault("text" if self.text else "", what, fix="give a column of the rows, or one text for all rows")
         return self
 
 
 class ChoiceReward(_Reward):
-    """1 if the answer settles on the expected letter of a multiple choice, else 0; an ambiguous answer is wrong."""
+    """1 if the answer chooses the expected letter of a multiple choice, else 0; an ambiguous answer gets 0."""
 
     name: Literal["choice"]
-    column: str = Field("answer", description="Row column with the letter, its number from 0, or its text")
-    options_column: str | None = Field(None, description="Row column with the options' texts, in the letters' order")
-    letters: str = Field("ABCDEFGHIJ", pattern="^[A-Z]{2,26}$", description="Allowed letters, if no options are given")
+    column: str = Field("answer", description="Row column with the letter, the option's number from 0, or its text")
+    options_column: str | None = Field(None, description="Row column with the options' texts, in order of the letters")
+    letters: str = Field("ABCDEFGHIJ", pattern="^[A-Z]{2,26}$", description="Valid letters without options_column")
 
 
 class NumericReward(_Reward):
-    """1 if the last number of the answer equals the expected one within the larger of two tolerances, else 0."""
+    """1 if the last number in the answer is within the wider of the two tolerances of the expected one, else 0."""
 
     name: Literal["numeric"]
-    column: str = _Column
+    column: str = ANSWER_COLUMN
     absolute: float = Field(0.0, ge=0, description="Absolute tolerance")
-    relative: float = Field(1e-6, ge=0, description="Relative tolerance: a fraction of the expected number")
+    relative: float = Field(1e-6, ge=0, description="Tolerance as a share of the expected number")
 
 
 class MathReward(_Reward):
-    """1 if the answer is mathematically equal to the expected one, according to math-verify, else 0."""
+    """1 if math-verify finds the answer mathematically equal to the expected one, else 0."""
 
     name: Literal["math"]
     column: str = Field("answer", description="Row column with the expected answer, as LaTeX or plain text")
-    timeout: float = Field(5.0, gt=0, description="Computing time of one comparison, in seconds; a longer one scores 0")
+    timeout: float = Field(
+        5.0, gt=0, description="Maximum seconds of computing for one comparison; a slower one gets 0"
+    )
 
 
 class FormatReward(_Reward):
-    """1 if the answer matches a regular expression, else 0; also 0 if matching takes over a second of computing."""
+    """1 if the answer matches a regular expression within a second of computing, else 0."""
 
     name: Literal["format"]
-    pattern: str = Field(description="Regular expression of Python's re; flags inline, such as (?s) or (?i)")
-    match: Literal["full", "search"] = Field("full", description="Match the whole answer, or some part of it")
+    pattern: str = Field(description="Regular expression of Python's re module; write flags inline: (?s) or (?i)")
+    match: Literal["full", "search"] = Field("full", description="Match the whole answer (full), or a part (search)")
 
     @field_validator("pattern")
     @classmethod
-    def _validate_pattern(cls, pattern: str) -> str:
+    def _compiles(cls, pattern: str) -> str:
         try:
             re.compile(pattern)
         except re.error as error:
@@ -102,37 +153,37 @@ class FormatReward(_Reward):
         return pattern
 
 
-def _validate_bounds(block: Any) -> None:
+def _check_bounds(block: Any) -> None:
     if block.min is not None and block.max is not None and block.min > block.max:
-        raise fault("min", f"min {block.min} is greater than max {block.max}", fix="swap them")
+        raise fault("min", f"min {block.min} is larger than max {block.max}", fix="make min the smaller one")
 
 
 class ThinkingReward(_Reward):
-    """1 if closed, non-empty reasoning is followed by an answer without thinking tags, else 0."""
+    """1 if a closed, non-empty thinking block precedes an answer without thinking tags, else 0."""
 
     name: Literal["thinking"]
     min: int | None = Field(None, ge=1, description="Minimum characters of reasoning")
     max: int | None = Field(None, ge=1, description="Maximum characters of reasoning")
 
     @model_validator(mode="after")
-    def _validate_range(self) -> Self:
-        _validate_bounds(self)
+    def _bounds_in_order(self) -> Self:
+        _check_bounds(self)
         return self
 
 
 class JsonSchemaReward(_Reward):
-    """1 if the answer is JSON that validates against a JSON schema, else 0."""
+    """1 if the answer is JSON that conforms to a JSON schema, within a second of computing, else 0."""
 
     name: Literal["json_schema"]
     against: Annotated[
         Annotated[dict[str, Any], Tag("mapping")] | Annotated[str, Tag("text")],
         Discriminator(lambda value: "mapping" if isinstance(value, Mapping) else "text"),
-    ] = Field(description="The schema itself, or the path of a JSON file")
+    ] = Field(description="The JSON schema, or the path of a JSON file that contains it")
     fenced: bool = Field(False, description="Accept an answer inside a ```json fence")
 
     @field_validator("against")
     @classmethod
-    def _validate_schema_file(cls, against: dict[str, Any] | str) -> dict[str, Any] | str:
+    def _can_be_read(cls, against: dict[str, Any] | str) -> dict[str, Any] | str:
         if isinstance(against, str):
             _read_json(against)
         return against
@@ -147,97 +198,101 @@ def _read_json(path: str) -> dict[str, Any]:
     try:
         schema = json.loads(read_text_file(Path(path)))
     except OSError as error:
-        fix = "check the path; it is relative to the working directory"
+        fix = "give the path of a JSON file; relative paths start at the working directory"
         raise fault("", f"{path} cannot be read: {error.strerror}", fix=fix) from None
     except (ValueError, RecursionError) as error:
         raise fault("", f"{path} is not valid JSON: {error}", fix="correct the file") from None
     if not isinstance(schema, dict):
-        raise fault("", f"{path} contains {type(schema).__name__}; expected a mapping", fix="write a JSON schema")
+        raise fault("", f"{path} does not contain a JSON object", fix="a JSON schema is an object")
     return schema
 
 
 class IouReward(_Reward):
-    """Intersection over union of the boxes in the answer with the expected ones, averaged over boxes."""
+    """Intersection over union of the answer's boxes with the expected ones, averaged over boxes."""
 
     name: Literal["iou"]
-    column: str = Field("boxes", description="Row column with a box of four numbers, a list of boxes, or their text")
-    form: Literal["xyxy", "xywh"] = Field("xyxy", description="Two corners, or one corner with width and height")
-    column_form: Literal["xyxy", "xywh"] | None = Field(None, description="Form of the column's boxes; default: form")
-    threshold: float | None = Field(None, gt=0, le=1, description="A box counts 1 from this IoU on, else 0")
+    column: str = Field(
+        "boxes", description="Row column with a box of four numbers, a list of boxes, or either as text"
+    )
+    form: Literal["xyxy", "xywh"] = Field("xyxy", description="Two corners, or a corner with width and height")
+    column_form: Literal["xyxy", "xywh"] | None = Field(None, description="Form in the column; default: form")
+    threshold: float | None = Field(None, gt=0, le=1, description="A box counts 1 from this overlap on, below it 0")
 
 
 class LengthReward(_Reward):
-    """1 if the length is within bounds; outside, the score falls linearly to 0."""
+    """1 if the length is within bounds; outside them it falls linearly to 0."""
 
     name: Literal["length"]
-    unit: Unit = Field("characters", description="tokens: of the whole completion; characters and words: of the answer")
-    target: int | None = Field(None, ge=1, description="Sets both min and max")
-    min: int | None = Field(None, ge=1, description="Minimum length, in units")
-    max: int | None = Field(None, ge=1, description="Maximum length, in units")
-    falloff: int | None = Field(None, ge=1, description="Units from the bound to score 0; default: the bound")
+    unit: Unit = Field("characters", description="tokens counts the whole completion, the other units only the answer")
+    target: int | None = Field(None, ge=1, description="Sets min and max to the same value")
+    min: int | None = Field(None, ge=1, description="Minimum length in units")
+    max: int | None = Field(None, ge=1, description="Maximum length in units")
+    falloff: int | None = Field(None, ge=1, description="Units from the bound to reward 0; default: the bound itself")
 
     @model_validator(mode="after")
-    def _validate_target(self) -> Self:
+    def _some_bound(self) -> Self:
         bounds = [name for name in ("min", "max") if getattr(self, name) is not None]
         if self.target is not None and bounds:
-            what = f"target together with {' and '.join(bounds)}"
-            raise fault("target", what, fix="set target alone, or min and max")
+            raise fault(
+                "target", f"target and {' and '.join(bounds)} are both given", fix="write target, or min and max"
+            )
         if self.target is None and not bounds:
-            raise fault("", "no bound is set", fix="set target, min or max")
-        _validate_bounds(self)
+            raise fault("", "no bound is given", fix="write target:, min: or max:")
+        _check_bounds(self)
         return self
 
 
 class RepetitionReward(_Reward):
-    """Minus the fraction of n-grams that repeat an earlier one: 0 without repetition, near -1 if all repeat."""
+    """Minus the share of n-grams that repeat an earlier one: 0 without repetition, close to -1 for repetition only."""
 
     name: Literal["repetition"]
-    unit: Unit = Field("words", description="tokens: of the whole completion; characters suit Chinese")
-    ngram: int = Field(3, ge=1, description="Units in an n-gram")
+    unit: Unit = Field("words", description="tokens counts the whole completion; characters suits Chinese")
+    ngram: int = Field(3, ge=1, description="Units per n-gram")
 
 
 class JudgeReward(_Reward):
-    """The score given by a language model behind an OpenAI-compatible endpoint, scaled to 0..1."""
+    """Score from an LLM judge behind an OpenAI-compatible endpoint, scaled to 0..1."""
 
     name: Literal["judge"]
     url: str = Field(pattern="^https?://", description="Base URL of the endpoint, such as http://localhost:8000/v1")
-    model: str = Field(description="Name of the model at the endpoint")
-    rubric: str = Field(min_length=1, description="Scoring rules: which answer gets which score")
+    model: str = Field(description="Model name at the endpoint")
+    rubric: str = Field(min_length=1, description="Instructions that say what earns which score")
     reference_column: str | None = Field(None, description="Row column with a reference answer")
     api_key_env: str | None = Field(
         None, pattern="^[A-Za-z_][A-Za-z0-9_]*$", description="Environment variable with the API key"
     )
-    min_score: float = Field(0.0, allow_inf_nan=False, description="The score that is scaled to 0")
-    max_score: float = Field(10.0, allow_inf_nan=False, description="The score that is scaled to 1")
-    images: bool = Field(False, description="Send the prompt's images too")
+    min_score: float = Field(0.0, description="Score that maps to 0")
+    max_score: float = Field(10.0, description="Score that maps to 1")
+    images: bool = Field(False, description="Also send the prompt's images to the judge")
     temperature: float = Field(0.0, ge=0, description="Sampling temperature of the judge; 0 is greedy")
     max_tokens: int | None = Field(None, ge=1, description="Maximum tokens of a reply; default: the endpoint's limit")
-    concurrency: int = Field(8, ge=1, description="Concurrent requests")
-    timeout: float = Field(60.0, gt=0, description="Timeout of one request, in seconds")
+    concurrency: int = Field(8, ge=1, description="Maximum concurrent requests")
+    timeout: float = Field(60.0, gt=0, description="Seconds until a request times out")
     retries: int = Field(4, ge=0, description="Retries of a request that failed, or whose reply contains no score")
     backoff: float = Field(1.0, gt=0, description="Seconds before the first retry; doubles with each retry")
 
     @model_validator(mode="after")
-    def _validate_score_range(self) -> Self:
+    def _scores_in_order(self) -> Self:
         if self.min_score >= self.max_score:
-            raise fault("max_score", f"{self.max_score} is not greater than min_score {self.min_score}")
+            what = f"{self.max_score} is not larger than min_score {self.min_score}"
+            raise fault("max_score", what, fix="make max_score the larger one")
         return self
 
 
 class CustomReward(_Reward):
-    """A function in the user's own file: the only place where a recipe names code."""
+    """A function of the user: the only place where a recipe names code."""
 
     name: str = Field(pattern=r"^.+\.py:[A-Za-z_]\w*$", description="path/to/file.py:function")
-    args: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of every call")
+    args: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments that every call gets")
 
     @property
     def path(self) -> Path:
-        """The file, relative to the working directory like every path of a recipe."""
+        """The file; relative paths start at the working directory, as everywhere in a recipe."""
         return Path(self.name.rpartition(":")[0])
 
     @property
     def function(self) -> str:
-        """The function's name."""
+        """The name of the function."""
         return self.name.rpartition(":")[2]
 
     @property
@@ -247,27 +302,27 @@ class CustomReward(_Reward):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The row columns it requires: parameters without a default that neither TRL nor args provides."""
+        """Required row columns: parameters without a default that neither TRL nor args provides."""
         return tuple(name for name in self.signature.required if name not in self.args)
 
     @field_validator("name")
     @classmethod
-    def _validate_signature(cls, name: str) -> str:
+    def _can_be_called(cls, name: str) -> str:
         path, _, function = name.rpartition(":")
         signature = FunctionSignature.read(Path(path), function)
         if signature.is_async:
             raise fault("", f"{function} is async ({path}:{signature.line})", fix="write a plain function")
         if not signature.accepts_kwargs:
-            what = f"{function} takes no **kwargs ({path}:{signature.line})"
+            what = f"{function} does not accept **kwargs ({path}:{signature.line})"
             raise fault("", what, why="TRL passes every column of the rows, and more", fix="add **kwargs")
         return name
 
     @model_validator(mode="after")
-    def _validate_args(self) -> Self:
+    def _args_are_parameters(self) -> Self:
         known = [*self.signature.required, *self.signature.optional]
         for key in self.args:
             if key not in known:
-                fix = did_you_mean(key, known) if known else "add the parameter to the function"
+                fix = did_you_mean(key, known, otherwise="add the parameter to the function")
                 raise fault("args", f"{self.function} has no parameter {key!r}", fix=fix)
         return self
 
@@ -290,20 +345,20 @@ Criterion = Union[(*CRITERIA.values(), CustomReward)]
 
 
 class ChecklistReward(_Reward):
-    """Several criteria, each a reward: their mean by weight, over those that apply to the row."""
+    """Weighted mean of several criteria, each a reward, over those that apply to the row."""
 
     name: Literal["checklist"]
     criteria: list[Annotated[Criterion, BeforeValidator(lambda value: parse_named_block(value, CRITERIA))]] = Field(
-        min_length=1, description="Any reward except another checklist"
+        min_length=1, description="Any rewards except another checklist"
     )
 
     @field_validator("criteria")
     @classmethod
-    def _validate_weights(cls, criteria: list[Criterion]) -> list[Criterion]:
+    def _weights_make_a_mean(cls, criteria: list[Criterion]) -> list[Criterion]:
         for criterion in criteria:
             if criterion.weight <= 0:
                 what = f"criterion {criterion.name} has weight {criterion.weight}"
-                raise fault("", what, why="a checklist is a mean by weight", fix="set a weight greater than 0")
+                raise fault("", what, why="a checklist is a weighted mean", fix="give each criterion a weight above 0")
         return criteria
 
 
@@ -311,7 +366,7 @@ REWARDS = {**CRITERIA, "checklist": ChecklistReward}
 
 
 def reward_names(blocks: Sequence[Any]) -> list[str]:
-    """Return the name of each reward in logs and keys: its label, or its name; a second one without label is name_2."""
+    """Return each reward's name in logs and other keys: its label, or its name, or name_2 if that is taken."""
     names: list[str] = []
     for block in blocks:
         base = block.label or block.name.rpartition(":")[2]
@@ -321,35 +376,33 @@ def reward_names(blocks: Sequence[Any]) -> list[str]:
 
 
 def parse_named_block(value: Any, blocks: Mapping[str, type[Block]], *, kind: str = "reward") -> Block:
-    """Parse the block that `name` selects. A plain union would report the faults of all its members."""
+    """Validate the block that `name` selects. A plain union would report the faults of all its members."""
     if isinstance(value, Block):
         return value
     if not isinstance(value, Mapping):
         fix = "write a mapping: {name: exact_match, column: answer}"
-        raise fault("", f"invalid {kind} {value!r}; expected a mapping", fix=fix)
+        raise fault("", f"expected a {kind}, got {value!r}", fix=fix)
     name = value.get("name")
-    known = f"expected one of {', '.join(blocks)}, or your own function as path/to/file.py:function"
+    known = f"valid names are {', '.join(blocks)}, and path/to/file.py:function for your own"
     if not isinstance(name, str):
-        raise fault("name" if "name" in value else "", f"the {kind} has no name", why=known, fix="set name:")
-    if name == "maths":
-        raise fault("name", f"the {kind} maths is now called math", fix="write name: math")
+        raise fault("name" if "name" in value else "", f"the {kind} has no name", why=known, fix="write name:")
     cls = CustomReward if ".py" in name else blocks.get(name)
+    if cls is None and name in _RENAMED:
+        new = _RENAMED[name]
+        raise fault("name", f"the {kind} {name!r} is now called {new!r}", fix=f"write name: {new}")
     if cls is None:
-        close = difflib.get_close_matches(name, blocks, n=1, cutoff=0.6)
-        raise fault("name", f"unknown {kind} {name!r}", why=known, fix=f"did you mean {close[0]}?" if close else "")
+        raise fault("name", f"unknown {kind} {name!r}", why=known, fix=did_you_mean(name, blocks))
     try:
         return cls.model_validate(value)
     except ValidationError as error:
-        raise ValidationError.from_exception_data(
-            cls.__name__, [_with_suggestion(cls, item) for item in error.errors()]
-        ) from None
+        raise ValidationError.from_exception_data(cls.__name__, [_line(cls, item) for item in error.errors()]) from None
 
 
-def _with_suggestion(cls: type[Block], item: Any) -> InitErrorDetails:
-    """Convert one error of the block; for an unknown key, suggest one of this block's keys."""
+def _line(cls: type[Block], item: Any) -> InitErrorDetails:
+    """Return one fault of the block. Unknown keys get their suggestion here, where the block is known."""
     kind, loc, context = item["type"], item["loc"], item.get("ctx", {})
     if kind == "extra_forbidden" and len(loc) == 1:
-        custom = fault(str(loc[0]), "unknown key", fix=did_you_mean(str(loc[0]), list(cls.model_fields)))
+        custom = fault(str(loc[0]), "unknown key", fix=did_you_mean(str(loc[0]), cls.model_fields))
         return InitErrorDetails(type=custom, input=item["input"])
     if kind == "align":
         kind = PydanticCustomError("align", "{what}", context)
@@ -357,67 +410,3 @@ def _with_suggestion(cls: type[Block], item: Any) -> InitErrorDetails:
 
 
 RewardBlock = Annotated[Criterion | ChecklistReward, BeforeValidator(lambda value: parse_named_block(value, REWARDS))]
-
-
-# Arguments that TRL passes to every reward function in addition to the columns of the rows.
-TRL_REWARD_ARGUMENTS = (
-    "prompts",
-    "completions",
-    "completion_ids",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
-    "environments",
-)
-
-
-@dataclass(frozen=True)
-class FunctionSignature:
-    """The parameters of a reward function in the user's file.
-
-    line: its first line, from 1; required, optional: parameters without and with a default, except those that TRL
-    passes; accepts_kwargs: it takes **kwargs.
-    """
-
-    line: int
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
-    accepts_kwargs: bool
-    is_async: bool
-
-    @classmethod
-    def read(cls, path: Path, name: str) -> FunctionSignature:
-        """Read the function `name` at the top level of the file without running it. Raises a fault if there is none."""
-        try:
-            tree = ast.parse(read_text_file(path), str(path))
-        except OSError as error:
-            what = f"{path} cannot be read: {error.strerror}"
-            raise fault("", what, fix="check the path; it is relative to the working directory") from None
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nesting
-            raise fault("", f"{path} is not valid Python: {error}", fix="correct the file") from None
-        functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-        if name not in functions:
-            fix = did_you_mean(name, list(functions)) if functions else "define it at the file's top level"
-            raise fault("", f"{path} has no function {name}", fix=fix)
-        return cls._from_ast(functions[name])
-
-    @classmethod
-    def _from_ast(cls, node: ast.FunctionDef | ast.AsyncFunctionDef) -> FunctionSignature:
-        names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
-        without_default = len(names) - len(node.args.defaults)
-        keywords = list(zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True))
-        required = [*names[:without_default], *(key.arg for key, default in keywords if default is None)]
-        optional = [*names[without_default:], *(key.arg for key, default in keywords if default is not None)]
-        return cls(
-            line=node.lineno,
-            required=tuple(name for name in required if name not in TRL_REWARD_ARGUMENTS),
-            optional=tuple(name for name in optional if name not in TRL_REWARD_ARGUMENTS),
-            accepts_kwargs=node.args.kwarg is not None,
-            is_async=isinstance(node, ast.AsyncFunctionDef),
-        )
-
-
-def did_you_mean(word: str, choices: Sequence[str]) -> str:
-    """Suggest the nearest right name, or list all of them."""
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else f"choose from {', '.join(choices)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -16,14 +16,27 @@ from ernie_align.report.text import visible
 
 _SHOWN_ROWS = 3  # per reason; JSON and the page name more
 _SHOWN_SCRIPTS = 4
+# titles of the facts in each table
+_ROWS = ("format", "rows", "kept", "dropped", "faulty", "repeated prompts", "repeated rows", "also in train")
+_POOL = "vision pool tokens"
+_LENGTHS = ("tokens", "trained tokens", _POOL, "median", "95 %", "max")
+_IMAGES = ("images", "per row", "width", "height", "long : short", "tokens each", "bad images", "unplaced images")
+_ANSWERS = ("answers with reasoning", "empty answers", "chosen = rejected", "cut", "scripts, % of letters")
+# the page shows the other facts as charts
+_PAGE = (*_ROWS, *_LENGTHS[:3], *_ANSWERS[:3], "images", "bad images", "unplaced images", _ANSWERS[-1])
 
 
 def tables(report: DatasetReport) -> list[RenderableType]:
-    """Return the tables of rows and tokens, costs of max_length, images and answers, then every fault and a verdict."""
-    parts: list[RenderableType] = [_row_table(report), _length_table(report)]
+    """Return the tables of rows, lengths, images and answers, then every fault and a verdict."""
+    measured = [source for source in report.sources if source.lengths.count]
+    title = "tokens per row, and % of rows over each max_length"
+    parts: list[RenderableType] = [
+        _table("rows", report.sources, _ROWS),
+        _table(title, measured, [name for name in _LENGTHS if report.has_vision or name != _POOL], cost_limits(report)),
+    ]
     if any(source.images_in_row.most for source in report.sources):
-        parts.append(_image_table(report))
-    parts.append(_answer_table(report))
+        parts.append(_table("images: median (minimum to maximum)", report.sources, _IMAGES))
+    parts.append(_table("answers", report.sources, _ANSWERS))
     faults = [Text(line) for line in _fault_lines(report)]
     return [*parts, *([Group(*faults)] if faults else []), Text(verdict(report))]
 
@@ -40,46 +53,51 @@ def verdict(report: DatasetReport) -> str:
     return f"FAULTS: {', '.join(f'{number:,} {what}' for number, what in counts if number)}; {read}"
 
 
-def _table(title: str, *columns: str) -> Table:
+def _facts(source: SourceReport) -> dict[str, str]:
+    """Return every number of a source as text, by its title in the tables and on the page."""
+    count, lengths = source.count, source.lengths
+    facts = {
+        "format": count.format or "unreadable",
+        "rows": count.rows,
+        "kept": count.kept,
+        "dropped": sum(count.dropped.values()),
+        "faulty": source.faulty,
+        "repeated prompts": source.duplicate_prompts,
+        "repeated rows": source.duplicate_rows,
+        "also in train": "-" if source.also_in_train is None else source.also_in_train,
+        "tokens": count.tokens,
+        "trained tokens": _percent(count.trained, count.tokens),
+        _POOL: _percent(count.vision_tokens, count.tokens),
+        "median": lengths.quantile(0.5),
+        "95 %": lengths.quantile(0.95),
+        "max": lengths.most,
+        "answers with reasoning": _percent(source.thinking, source.answered),
+        "empty answers": source.empty_answers,
+        "chosen = rejected": source.equal_sides,
+        "cut": count.cut,
+        "images": count.images,
+        "per row": _format_range(source.images_in_row),
+        "width": _format_range(source.widths),
+        "height": _format_range(source.heights),
+        "long : short": _format_range(source.aspects, scale=100),
+        "tokens each": _format_range(source.image_tokens),
+        "bad images": source.bad_images,
+        "unplaced images": source.unplaced_images,
+        "scripts, % of letters": scripts(source),
+    }
+    return {title: f"{value:,}" if isinstance(value, int) else value for title, value in facts.items()}
+
+
+def _table(title: str, sources: Iterable[SourceReport], titles: Sequence[str], limits: Sequence[int] = ()) -> Table:
+    """Return a table of the facts with these titles, and of the percentage of rows over each limit."""
     table = Table("source", title=title, title_justify="left")
-    for name in columns:
+    for name in (*titles, *(f"{limit:,}" for limit in limits)):
         table.add_column(name, justify="right")
-    return table
-
-
-def _name(source: SourceReport) -> str:
-    return escape(visible(f"{source.part}: {source.count.name}"))
-
-
-def _row_table(report: DatasetReport) -> Table:
-    names = ("format", "rows", "kept", "dropped", "faulty", "repeated prompts", "repeated rows", "also in train")
-    table = _table("rows", *names)
-    for source in report.sources:
-        count = source.count
-        numbers = (count.rows, count.kept, sum(count.dropped.values()), source.faulty)
-        numbers += (source.duplicate_prompts, source.duplicate_rows)
-        also_in_train = "-" if source.also_in_train is None else f"{source.also_in_train:,}"
-        shown = (f"{number:,}" for number in numbers)
-        table.add_row(_name(source), count.format or "unreadable", *shown, also_in_train)
-    return table
-
-
-def _length_table(report: DatasetReport) -> Table:
-    """Return the table of tokens per row, and of the rows that each limit would drop."""
-    limits = cost_limits(report)
-    pools = ("vision pool",) if report.has_vision else ()
-    table = _table("tokens per row, and % of rows over each max_length", "tokens", "trained", *pools)
-    for name in ("median", "95 %", "max", *(f"{limit:,}" for limit in limits)):
-        table.add_column(name, justify="right")
-    for source in report.sources:
-        count, lengths = source.count, source.lengths
-        if not lengths.count:
-            continue
-        share = [_percent(count.vision_tokens, count.tokens)] if pools else []
-        quantiles = [f"{value:,}" for value in (lengths.quantile(0.5), lengths.quantile(0.95), lengths.most)]
-        over = [_percent(source.over.get(limit, [0, 0])[0], lengths.count) for limit in limits]
-        tokens = [f"{count.tokens:,}", _percent(count.trained, count.tokens)]
-        table.add_row(_name(source), *tokens, *share, *quantiles, *over)
+    for source in sources:
+        facts, rows = _facts(source), source.lengths.count
+        over = [_percent(source.over.get(limit, [0, 0])[0], rows) for limit in limits]
+        name = escape(visible(f"{source.part}: {source.count.name}"))
+        table.add_row(name, *(facts[title] for title in titles), *over)
     return table
 
 
@@ -88,31 +106,9 @@ def cost_limits(report: DatasetReport) -> list[int]:
     measured = [source for source in report.sources if source.lengths.count]
     most = max((source.lengths.most for source in measured), default=0)
     least = min((source.lengths.least for source in measured), default=0)
-    limits = sorted({limit for source in measured for limit in source.over})
-    useful = [limit for limit in limits if limit >= least]
+    useful = sorted({limit for source in measured for limit in source.over if limit >= least})
     last = next((place for place, limit in enumerate(useful) if limit >= most), len(useful))
     return sorted({*useful[: last + 1], report.max_length})
-
-
-def _image_table(report: DatasetReport) -> Table:
-    names = ("images", "per row", "width", "height", "long : short", "tokens each", "missing or broken", "unplaced")
-    table = _table("images: median (minimum to maximum)", *names)
-    for source in report.sources:
-        ranges = [_format_range(one) for one in (source.images_in_row, source.widths, source.heights)]
-        bad = [f"{number:,}" for number in (source.bad_images, source.unplaced_images)]
-        aspects, tokens = _format_range(source.aspects, scale=100), _format_range(source.image_tokens)
-        table.add_row(_name(source), f"{source.count.images:,}", *ranges, aspects, tokens, *bad)
-    return table
-
-
-def _answer_table(report: DatasetReport) -> Table:
-    names = ("answers with reasoning", "empty answers", "chosen = rejected", "cut", "scripts, % of letters")
-    table = _table("answers", *names)
-    for source in report.sources:
-        numbers = (source.empty_answers, source.equal_sides, source.count.cut)
-        thinking = _percent(source.thinking, source.answered)
-        table.add_row(_name(source), thinking, *(f"{number:,}" for number in numbers), scripts(source))
-    return table
 
 
 def scripts(source: SourceReport) -> str:
@@ -167,27 +163,8 @@ def section(report: DatasetReport) -> dict[str, Any]:
 
 
 def _source_section(source: SourceReport, report: DatasetReport, label: str) -> dict[str, Any]:
-    count = source.count
-    facts = {
-        "format": count.format or "unreadable",
-        "rows": f"{count.rows:,}",
-        "kept": f"{count.kept:,}",
-        "dropped": f"{sum(count.dropped.values()):,}",
-        "faulty": f"{source.faulty:,}",
-        "tokens": f"{count.tokens:,}",
-        "trained tokens": _percent(count.trained, count.tokens),
-        **({"tokens of the vision pool": _percent(count.vision_tokens, count.tokens)} if report.has_vision else {}),
-        "rows that repeat a prompt": f"{source.duplicate_prompts:,}",
-        "rows that repeat a row": f"{source.duplicate_rows:,}",
-        **({} if source.also_in_train is None else {"prompts also in train": f"{source.also_in_train:,}"}),
-        "answers with reasoning": _percent(source.thinking, source.answered),
-        "empty answers": f"{source.empty_answers:,}",
-        "chosen = rejected": f"{source.equal_sides:,}",
-        "images": f"{count.images:,}",
-        "rows with a missing, broken or disallowed image": f"{source.bad_images:,}",
-        "rows whose placeholders and images differ": f"{source.unplaced_images:,}",
-        "scripts, % of letters": scripts(source),
-    }
+    count, facts = source.count, _facts(source)
+    left_out = {*(() if report.has_vision else (_POOL,)), *(("also in train",) if source.also_in_train is None else ())}
     costs = [
         (f"{limit:,}", f"{rows:,}", _percent(rows, source.lengths.count), f"{tokens:,}", limit == source.max_length)
         for limit, (rows, tokens) in sorted(source.over.items())
@@ -195,7 +172,7 @@ def _source_section(source: SourceReport, report: DatasetReport, label: str) -> 
     return {
         "name": f"{source.part}: {count.name}",
         "unreadable": list(map(str, source.unreadable)),
-        "facts": facts,
+        "facts": {title: facts[title] for title in _PAGE if title not in left_out},
         "costs": costs,
         "faults": [(kind, f"{faults.rows:,}", faults.named) for kind, faults in source.faults.items()],
         "dropped": [(reason, f"{rows:,}", count.dropped_rows[reason]) for reason, rows in count.dropped.items()],

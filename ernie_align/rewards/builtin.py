@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import sys
 import traceback
@@ -21,36 +20,21 @@ from ernie_align.rewards.completion import answer_text, reasoning_text
 from ernie_align.rewards.judge import judge
 from ernie_align.rewards.reward import Scorer, by_row, source_line
 
-_REGEX_SECONDS = 1.0  # of computing for one match; a pattern that takes longer is backtracking
-_FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.IGNORECASE)
-
-
-def _exact_match(block: blocks.ExactMatchReward) -> Scorer:
-    def score(completion: Any, expected: Any) -> float:
-        return verifiers.exact_match(answer_text(completion), expected, ignore_case=block.ignore_case)
-
-    return by_row(score, block.column)
+_PATTERN_SECONDS = 1.0  # of computing for one answer; a pattern that takes longer is backtracking
 
 
 def _contains(block: blocks.ContainsReward) -> Scorer:
-    def score(completion: Any, expected: Any = block.text) -> float:
-        return verifiers.contains(answer_text(completion), expected, ignore_case=block.ignore_case)
+    def score(answer: str, expected: Any = block.text) -> float:
+        return verifiers.contains(answer, expected, ignore_case=block.ignore_case)
 
     return by_row(score, *([block.column] if block.column else []))
 
 
 def _choice(block: blocks.ChoiceReward) -> Scorer:
-    def score(completion: Any, expected: Any, options: Any = None) -> float:
-        return verifiers.choice(answer_text(completion), expected, block.letters, options)
+    def score(answer: str, expected: Any, options: Any = None) -> float:
+        return verifiers.choice(answer, expected, block.letters, options)
 
     return by_row(score, block.column, *([block.options_column] if block.options_column else []))
-
-
-def _numeric(block: blocks.NumericReward) -> Scorer:
-    def score(completion: Any, expected: Any) -> float:
-        return verifiers.numeric(answer_text(completion), expected, absolute=block.absolute, relative=block.relative)
-
-    return by_row(score, block.column)
 
 
 def _math(block: blocks.MathReward) -> Scorer:
@@ -58,8 +42,8 @@ def _math(block: blocks.MathReward) -> Scorer:
     warm_up = ("$x^2 - 1$", "(x - 1)(x + 1)")
     verifier = sandbox.Sandbox(sandbox.math_equal, seconds=block.timeout, warm_up=warm_up)
 
-    def score(completion: Any, expected: Any) -> float | None:
-        scores = [verifier.score(answer_text(completion), text) for text in verifiers.expected_texts(expected)]
+    def score(answer: str, expected: Any) -> float | None:
+        scores = [verifier.score(answer, text) for text in verifiers.expected_texts(expected)]
         return max((score for score in scores if score is not None), default=None)
 
     return replace(by_row(score, block.column), counts=lambda: verifier.counts)
@@ -67,65 +51,37 @@ def _math(block: blocks.MathReward) -> Scorer:
 
 def _format(block: blocks.FormatReward) -> Scorer:
     _require(block, "pebble")
-    verifier = sandbox.Sandbox(sandbox.regex_matches, seconds=_REGEX_SECONDS)
-
-    def score(completion: Any) -> float | None:
-        return verifier.score(answer_text(completion), block.pattern, block.match == "full")
-
-    return replace(by_row(score), counts=lambda: verifier.counts)
+    return _in_sandbox(sandbox.regex_matches, block.pattern, block.match == "full", warm_up="")
 
 
-def _thinking(block: blocks.ThinkingReward) -> Scorer:
-    def score(completion: Any) -> float:
-        answer, reasoning = answer_text(completion), reasoning_text(completion)
-        return verifiers.thinking(answer, reasoning, shortest=block.min or 1, longest=block.max)
-
-    return by_row(score)
+def _in_sandbox(verify: Callable[..., float], *args: Any, warm_up: str) -> Scorer:
+    """Score `verify(answer, *args)`, where a pattern of the user's may backtrack forever."""
+    verifier = sandbox.Sandbox(verify, seconds=_PATTERN_SECONDS, warm_up=(warm_up, *args))
+    return replace(by_row(lambda answer: verifier.score(answer, *args)), counts=lambda: verifier.counts)
 
 
 def _json_schema(block: blocks.JsonSchemaReward) -> Scorer:
-    """Score 1 for an answer that is strict JSON (no NaN, no Infinity) and valid against the schema, else 0.
-
-    A $ref to anything outside the schema is never fetched. Raises RecipeError if the schema itself is invalid.
-    """
-    _require(block, "jsonschema")
-    from jsonschema import Draft202012Validator
+    """Raises RecipeError if the schema itself is invalid, or refers to anything outside it."""
+    _require(block, "jsonschema", "pebble")
     from jsonschema.exceptions import SchemaError
-    from jsonschema.validators import validator_for
-    from referencing import Registry
     from referencing.exceptions import Unresolvable
 
     schema, where = block.schema_dict, block.where("against")
-    kind = validator_for(schema, default=Draft202012Validator)
     try:
-        kind.check_schema(schema)
-        validator = kind(schema, registry=Registry())
+        validator = sandbox.json_validator(schema)
+        validator.check_schema(schema)
         validator.is_valid({})
     except SchemaError as error:
         what, fix = f"invalid JSON schema: {error.message}", "correct the schema at this path"
         raise RecipeError.at(where, what, why=error.json_path, fix=fix) from None
     except Unresolvable as error:
         raise RecipeError.at(where, f"$ref {error.ref!r} is not in the schema", fix="move it into $defs") from None
-
-    def score(completion: Any) -> float:
-        answer = answer_text(completion)
-        fence = _FENCE.fullmatch(answer.strip()) if block.fenced else None
-        try:
-            value = json.loads(fence[1] if fence else answer, parse_constant=_refuse_constant)
-            return float(validator.is_valid(value))
-        except (ValueError, RecursionError):  # invalid JSON, too many digits, or nested too deeply
-            return 0.0
-
-    return by_row(score)
-
-
-def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
+    return _in_sandbox(sandbox.json_is_valid, schema, block.fenced, warm_up="{}")
 
 
 def _iou(block: blocks.IouReward) -> Scorer:
-    def score(completion: Any, expected: Any) -> float:
-        given = [verifiers.to_corners(box, block.form) for box in verifiers.find_boxes(answer_text(completion))]
+    def score(answer: str, expected: Any) -> float:
+        given = [verifiers.to_corners(box, block.form) for box in verifiers.find_boxes(answer)]
         form = block.column_form or block.form
         right = [verifiers.to_corners(box, form) for box in verifiers.parse_boxes(expected)]
         return verifiers.grounding(given, right, threshold=block.threshold)
@@ -136,17 +92,16 @@ def _iou(block: blocks.IouReward) -> Scorer:
 def _length(block: blocks.LengthReward) -> Scorer:
     shortest, longest = block.target or block.min, block.target or block.max
 
-    def score(completion: Any, token_ids: Any = ()) -> float:
-        length = len(verifiers.split_units(answer_text(completion), token_ids, block.unit))
+    def score(answer: str, token_ids: Any = ()) -> float:
+        length = len(verifiers.split_units(answer, token_ids, block.unit))
         return verifiers.within_length(length, shortest=shortest, longest=longest, falloff=block.falloff)
 
     return by_row(score, *(["completion_ids"] if block.unit == "tokens" else []))
 
 
 def _repetition(block: blocks.RepetitionReward) -> Scorer:
-    def score(completion: Any, token_ids: Any = ()) -> float:
-        units = verifiers.split_units(answer_text(completion), token_ids, block.unit)
-        return verifiers.repetition(units, n=block.ngram)
+    def score(answer: str, token_ids: Any = ()) -> float:
+        return verifiers.repetition(verifiers.split_units(answer, token_ids, block.unit), n=block.ngram)
 
     return by_row(score, *(["completion_ids"] if block.unit == "tokens" else []))
 
@@ -231,13 +186,23 @@ def build_scorer(block: blocks.RewardBlock, cache: Path | None) -> Scorer:
 
 
 SCORERS: dict[str, Callable[[Any], Scorer]] = {
-    "exact_match": _exact_match,
+    "exact_match": lambda block: by_row(
+        lambda answer, expected: verifiers.exact_match(answer, expected, ignore_case=block.ignore_case), block.column
+    ),
     "contains": _contains,
     "choice": _choice,
-    "numeric": _numeric,
+    "numeric": lambda block: by_row(
+        lambda answer, expected: verifiers.numeric(answer, expected, absolute=block.absolute, relative=block.relative),
+        block.column,
+    ),
     "math": _math,
     "format": _format,
-    "thinking": _thinking,
+    "thinking": lambda block: by_row(
+        lambda completion: verifiers.thinking(
+            answer_text(completion), reasoning_text(completion), shortest=block.min or 1, longest=block.max
+        ),
+        reads_answer=False,
+    ),
     "json_schema": _json_schema,
     "iou": _iou,
     "length": _length,

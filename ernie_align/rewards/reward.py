@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ernie_align.errors import AlignError, Fault, RunError
-from ernie_align.rewards.completion import Completion
+from ernie_align.rewards.completion import Completion, answer_text
 
 FROM_TRAINER = ("completion_ids",)  # columns that the trainer adds to those of the rows
 
@@ -32,14 +32,16 @@ class Scorer:
     counts: Callable[[], Mapping[str, int]] = dict
 
 
-def by_row(score: Callable[..., float | None], *columns: str) -> Scorer:
-    """Build a scorer from a function of one completion: `score(completion, *values)`, one value for each column.
+def by_row(score: Callable[..., float | None], *columns: str, reads_answer: bool = True) -> Scorer:
+    """Build a scorer from a function of one answer: `score(answer, *values)`, one value for each column.
 
-    The reward does not apply to a row with None in one of the columns.
+    The reward does not apply to a row with None in one of the columns. reads_answer: pass the answer's text, without
+    the reasoning; otherwise the whole completion.
     """
 
     def score_batch(prompts: Sequence[Any], completions: Sequence[Completion], **values: Any) -> Scores:
-        rows = zip(completions, *(values[column] for column in columns), strict=True)
+        texts = map(answer_text, completions) if reads_answer else completions
+        rows = zip(texts, *(values[column] for column in columns), strict=True)
         return [None if any(value is None for value in row[1:]) else score(*row) for row in rows]
 
     return Scorer(score_batch, columns, source_line(score))

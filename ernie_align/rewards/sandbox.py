@@ -1,7 +1,8 @@
-"""Run verifiers that may never finish, math-verify and users' regular expressions, in a process with limits."""
+"""Run verifiers that may never finish, math-verify and users' patterns and schemas, in a process with limits."""
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing.context
 import os
@@ -18,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 from ernie_align.errors import RunError
 
 if TYPE_CHECKING:
+    from jsonschema.protocols import Validator
     from pebble import ProcessPool
 
 _GRACE = 4.0  # wall-clock limit as a multiple of the limit on computing time
 _MEMORY = 4 << 30  # bytes; a power tower allocates all it can get
+_FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.IGNORECASE)
 
 
 class _OutOfTime(BaseException):
@@ -167,3 +170,29 @@ def math_equal(answer: str, expected: str) -> float | None:
 def regex_matches(answer: str, pattern: str, full: bool) -> float:
     """Return 1 if the pattern matches the whole answer (full), or some part of it, else 0."""
     return float(bool(re.fullmatch(pattern, answer) if full else re.search(pattern, answer)))
+
+
+def json_is_valid(answer: str, schema: dict[str, Any], fenced: bool) -> float:
+    """Return 1 if the answer is strict JSON (no NaN, no Infinity) and valid against the schema, else 0.
+
+    fenced: the answer may be one ```json fence.
+    """
+    fence = _FENCE.fullmatch(answer.strip()) if fenced else None
+    try:
+        value = json.loads(fence[1] if fence else answer, parse_constant=_refuse_constant)
+        return float(json_validator(schema).is_valid(value))
+    except (ValueError, RecursionError):  # invalid JSON, too many digits, or nested too deeply
+        return 0.0
+
+
+def json_validator(schema: dict[str, Any]) -> Validator:
+    """Build a validator that never fetches a $ref to anything outside the schema."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+
+    return validator_for(schema, default=Draft202012Validator)(schema, registry=Registry())
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")

@@ -33,7 +33,7 @@ def test_a_profile_is_an_accelerate_config_and_says_if_it_was_run(name):
     config = load_config_from_file(str(path))
     assert config.num_processes >= 1
     head = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
-    assert "Run here:" in head or "Not run here" in head
+    assert "Run by the tests" in head or "Not run on" in head
 
 
 def test_the_settings_tested_over_gloo_are_those_of_the_fsdp2_profile():

@@ -150,15 +150,8 @@ def test_a_run_exports_with_what_is_known_of_it(run, tmp_path):
     assert f"{done.difference.worst_difference:.3g}" in card and f"{done.difference.worst_difference:.3g}" in "".join(
         said
     )
-    for words in (
-        "| vision_experts |",
-        "val.jsonl",
-        "eval_loss",
-        "stage: lora",
-        "vllm serve",
-        "fastdeploy",
-        "have not been run",
-    ):
+    commands = ("vllm serve", "fastdeploy", "have not been run")
+    for words in ("| vision_experts |", "val.jsonl", "eval_loss", "stage: lora", *commands):
         assert words in card, words
     step_1 = export(run / "checkpoint-1", to=tmp_path / "step-1")
     assert "eval_loss" not in (step_1.folder / "README.md").read_text()  # that figure is of the end

@@ -221,7 +221,7 @@ def test_a_stream_is_packed_as_it_comes(checkpoints, text_rows, tmp_path):
 
 def test_other_ways_of_packing_are_refused(checkpoints, rows, tmp_path):
     for training, message in (
-        ({"packing": True, "packing_strategy": "wrapped"}, "none of its values"),
+        ({"packing": True, "packing_strategy": "wrapped"}, "invalid value 'wrapped'"),
         ({"packing_strategy": "bfd"}, "packing_strategy without packing"),
         ({"packing": True, "eval_packing": True}, "held-out rows are never packed"),
     ):

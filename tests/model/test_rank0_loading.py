@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.loading import WAYS, share, started
+from benchmarks.loading import MODES, load_sharded, run_processes
 from ernie_align.models.architecture import Architecture
 
 pytestmark = pytest.mark.xdist_group("scale")  # processes are started by one worker
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", MODES)
 def test_only_rank_0_holds_the_full_model(checkpoints, way):
     """Peak memory of torch from loading until the model is sharded over two ranks.
 
@@ -26,8 +26,8 @@ def test_only_rank_0_holds_the_full_model(checkpoints, way):
     architecture = Architecture.from_config(json.loads((model / "config.json").read_text()))
     full = 4 * architecture.size  # bytes, in float32
     largest = 4 * max(tensor.size for tensor in architecture.tensors)
-    first, second = started(model, way, 2, module="tests.model.test_rank0_loading")
-    if way == WAYS[0]:
+    first, second = run_processes(model, way, 2, module="tests.model.test_rank0_loading")
+    if way == MODES[0]:
         assert second >= full
     else:
         # its half, one full weight at a time with the shard cut from it, and a twentieth for pixel tables and the
@@ -64,7 +64,7 @@ def main() -> None:
     quiet_libraries()
     torch.distributed.init_process_group("gloo")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        kept = share(Path(sys.argv[1]), sys.argv[2])
+        kept = load_sharded(Path(sys.argv[1]), sys.argv[2])
         torch.distributed.barrier()
     held = most = 0
     events = profiled.profiler.kineto_results.events()

@@ -57,7 +57,7 @@ def main(folder: Path) -> None:
         return made
 
     def ranks(name: str, act: Callable[[], None] | None = None, *, resume: bool = False) -> Ranks:
-        """Two ranks, of which the second acts after three steps."""
+        """Start two ranks; the second acts after three steps."""
         return Ranks(
             folder,
             name,

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from ernie_align.cli import app
 from ernie_align.dataset_report import Histogram
-from ernie_align.dataset_report.scripts import letters_by_script
+from ernie_align.dataset_report.inspect_sources import letters_by_script
 from ernie_align.runs import check_data, load_recipe, prepare_data, set_up
 from tests.support.runs import recipe_of, write_rows
 

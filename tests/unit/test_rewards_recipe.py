@@ -131,15 +131,13 @@ def test_all_faults_at_once_each_with_its_place(tmp_path):
 @pytest.mark.parametrize(
     ("reward", "what"),
     [
-        ("{name: contains, text: a, column: b}", "both column and text are set"),
-        ("{name: length}", "no bound is set"),
-        ("{name: length, target: 3, max: 4}", "target together with max"),
-        ("{name: thinking, min: 5, max: 4}", "min 5 is greater than max 4"),
+        ("{name: contains, text: a, column: b}", "both column and text are given"),
+        ("{name: maths}", "the reward 'maths' is now called 'math'"),
+        ("{name: length}", "no bound is given"),
+        ("{name: length, target: 3, max: 4}", "target and max are both given"),
+        ("{name: thinking, min: 5, max: 4}", "min 5 is larger than max 4"),
         ("{name: json_schema, against: none.json}", "none.json cannot be read: No such file or directory"),
-        (
-            "{name: judge, url: 'http://x', model: m, rubric: r, max_score: 0.0}",
-            "0.0 is not greater than min_score 0.0",
-        ),
+        ("{name: judge, url: 'http://x', model: m, rubric: r, max_score: 0.0}", "0.0 is not larger than min_score 0.0"),
         ("{name: checklist, criteria: [{name: thinking, weight: 0.0}]}", "criterion thinking has weight 0.0"),
     ],
 )
@@ -153,7 +151,7 @@ def test_keys_that_do_not_go_together(tmp_path, reward, what):
     [
         ("{name: mine.py:brevity}", "6:12  rewards[0].name", "mine.py cannot be read: No such file or directory"),
         ("{name: my_rewards.py:brevitty}", "6:12  rewards[0].name", "my_rewards.py has no function brevitty"),
-        ("{name: my_rewards.py:hasty}", "6:12  rewards[0].name", "hasty takes no **kwargs (my_rewards.py:9)"),
+        ("{name: my_rewards.py:hasty}", "6:12  rewards[0].name", "hasty does not accept **kwargs (my_rewards.py:9)"),
         ("{name: my_rewards.py:later}", "6:12  rewards[0].name", "later is async (my_rewards.py:12)"),
         (
             "{name: broken.py:f}",
@@ -178,7 +176,7 @@ def test_the_old_name_of_math_says_the_new_one(tmp_path):
     for reward in ("{name: maths}", "{name: checklist, criteria: [{name: maths}]}"):
         ((where, fault),) = faults(tmp_path, reward)
         assert where.startswith("recipe.yaml:6:") and where.endswith("name")
-        assert fault.what == "the reward maths is now called math" and fault.fix == "write name: math"
+        assert fault.what == "the reward 'maths' is now called 'math'" and "math" in fault.fix
 
 
 def test_a_function_is_called_as_trl_calls_it(here):

@@ -181,7 +181,7 @@ def test_math(math_sandbox, answer, expected, score):
 
 
 def test_endless_math_is_interrupted_in_any_thread():
-    sandbox, scores = Sandbox(math_equal, seconds=0.5), []
+    sandbox, scores = Sandbox(math_equal, seconds=0.5, warm_up=("4", "4")), []
     assert sandbox.score("4", "4") == 1
     thread = threading.Thread(target=lambda: scores.append(sandbox.score("$9^{9^{9^{9}}}$", "3")))
     begun = time.monotonic()
@@ -234,10 +234,19 @@ def test_a_script_without_a_guard_runs_once(tmp_path):
     assert done.stdout.splitlines() == ["begun", "[1.0, 0.0]"] and done.stderr == ""
 
 
-def test_a_pattern_that_backtracks_is_interrupted():
-    (reward,) = build_rewards([FormatReward(name="format", pattern="(a+)+b")])
+@pytest.mark.parametrize(
+    ("block", "quote"),
+    [
+        (FormatReward(name="format", pattern="(a+)+b"), ""),
+        (JsonSchemaReward(name="json_schema", against={"type": "string", "pattern": "^(a+)+b$"}), '"'),
+    ],
+    ids=["format", "json_schema"],
+)
+def test_a_pattern_that_backtracks_is_interrupted(block, quote):
+    (reward,) = build_rewards([block])
     begun = time.monotonic()
-    assert reward(["?"] * 3, ["aab", "a" * 40, "b"]) == [1.0, 0.0, 0.0] and reward.counts == {"timeouts": 1}
+    answers = [f"{quote}{text}{quote}" for text in ("aab", "a" * 40, "b")]
+    assert reward(["?"] * 3, answers) == [1.0, 0.0, 0.0] and reward.counts == {"timeouts": 1}
     assert time.monotonic() - begun < 8
 
 
