@@ -435,7 +435,7 @@ def test_the_stock_block_still_masks_element_by_element():
 
 
 def test_what_several_processes_lean_on():
-    """stages.trainer overrides these of Trainer; stages.eval_metrics reads how Accelerate pads the last batches."""
+    """stages.trainer overrides these of Trainer, and reads how Accelerate pads the last batches of an evaluation."""
     from accelerate.state import GradientState
     from transformers import Trainer
 
