@@ -1,1 +1,1 @@
-"""What the toolkit costs, measured against the stock stack. See README.md."""
+"""Time and memory, measured against the stock stack."""

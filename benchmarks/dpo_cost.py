@@ -1,11 +1,11 @@
-"""What a step of DPO with an adapter costs against a step of SFT with the same adapter, side by side in one run.
+"""Compare the cost of a DPO step with an adapter with an SFT step with the same adapter.
 
     python -m benchmarks.dpo_cost [--preset mini] [--steps 5]
 
-Both train the same adapter, SFT on answers, DPO on pairs of answers to such questions. A pair is two sequences, each
-seen by the policy with gradient and by the reference without. Seconds are the median step after one of warm-up; memory
-is the peak of the steps (resident set, read every 5 ms; allocated device memory on a GPU), less what the process held
-before the first of them. Each run has a process of its own.
+Both train the same adapter, SFT on answers and DPO on pairs of answers. A pair is two sequences; the policy computes
+each with gradient, the reference without. Seconds are the median step after one warm-up step. Memory is the peak during
+the steps (resident set, sampled every 5 ms; allocated device memory on a GPU) minus the memory held before the first
+step. Each run has a process of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ADAPTER = {"scopes": ["attention", "text_experts", "vision_experts"], "rank": 16
 
 
 def recipe(stage: str, reference: str, folder: Path, steps: int, batch: int) -> dict:
-    """The same run in all but its stage."""
+    """Return the recipe of a run; runs differ only in their stage."""
     rows = {"sft": "train.jsonl", "dpo": "preferences.jsonl"}[stage]
     blocks: dict = {"dpo": {"reference": reference}} if stage == "dpo" else {}
     return {
@@ -48,7 +48,7 @@ def recipe(stage: str, reference: str, folder: Path, steps: int, batch: int) -> 
 
 
 def measure(stage: str, reference: str, folder: Path, steps: int, batch: int) -> dict[str, float]:
-    """Seconds per step and peak memory of one run, in this process."""
+    """Measure seconds per step and peak memory of one run in this process."""
     import resource
 
     import torch
@@ -64,11 +64,11 @@ def measure(stage: str, reference: str, folder: Path, steps: int, batch: int) ->
 
     def watch_memory():
         while not ended.wait(0.005):
-            held.append(resident())
+            held.append(resident_memory())
 
     class Clock(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            held.append(resident())
+            held.append(resident_memory())
             threading.Thread(target=watch_memory, daemon=True).start()
             if torch.cuda.is_available():
                 held[:] = [torch.cuda.memory_allocated()]
@@ -89,7 +89,7 @@ def measure(stage: str, reference: str, folder: Path, steps: int, batch: int) ->
         def progress(self):
             return [Clock()]
 
-    def resident():
+    def resident_memory():
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
     quiet_libraries()
@@ -99,33 +99,33 @@ def measure(stage: str, reference: str, folder: Path, steps: int, batch: int) ->
 
 
 def main() -> None:
-    """Make the model and the rows, measure each way in a process of its own, and print a table of ratios."""
+    """Create model and rows, measure each run in a process of its own, and print a table of ratios."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--preset", default="mini", choices=["tiny", "mini"])
     arguments.add_argument("--steps", type=int, default=5)
-    arguments.add_argument("--batch", type=int, default=4, help="rows, or pairs, of a step")
+    arguments.add_argument("--batch", type=int, default=4, help="rows or pairs per step")
     arguments.add_argument("--one", nargs=3, metavar=("STAGE", "REFERENCE", "FOLDER"), help=argparse.SUPPRESS)
-    given = arguments.parse_args()
-    if given.one:
-        stage, reference, folder = given.one
-        print(json.dumps(measure(stage, reference, Path(folder), given.steps, given.batch)))
+    options = arguments.parse_args()
+    if options.one:
+        stage, reference, folder = options.one
+        print(json.dumps(measure(stage, reference, Path(folder), options.steps, options.batch)))
         return
     from ernie_align.tiny import make_checkpoint, make_digits
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_checkpoint("vl_moe", folder / "model", preset=given.preset)
+        make_checkpoint("vl_moe", folder / "model", preset=options.preset)
         make_digits(folder / "digits")
         figures = {}
         for stage, reference in (("sft", "none"), ("dpo", "auto"), ("dpo", "precomputed")):
-            settings = ["--steps", str(given.steps), "--batch", str(given.batch), "--preset", given.preset]
+            settings = ["--steps", str(options.steps), "--batch", str(options.batch), "--preset", options.preset]
             command = [sys.executable, "-m", "benchmarks.dpo_cost", *settings, "--one", stage, reference, str(folder)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr)
             figures[stage, reference] = json.loads(done.stdout.splitlines()[-1])
-    print(f"{given.preset}, {given.batch} rows or pairs a step, float32, {machine()}\n")
-    print("| | seconds a step | times SFT | GB over the loaded model | times SFT |\n|---|---|---|---|---|")
+    print(f"{options.preset}, {options.batch} rows or pairs per step, float32, {machine()}\n")
+    print("| stage | s/step | / SFT | GB over the loaded model | / SFT |\n|---|---|---|---|---|")
     base = figures["sft", "none"]
     for (stage, reference), figure in figures.items():
         what = "SFT" if stage == "sft" else f"DPO, reference: {reference}"

@@ -1,9 +1,9 @@
-"""One pool of experts with LoRA on both weights, forward and backward: frozen, ours, and PEFT's own path.
+"""Measure one expert pool with LoRA on both weights, forward and backward: frozen, ours, and PEFT's own path.
 
     python -m benchmarks.experts [--hidden 512 --width 384 --experts 64 --top-k 6 --tokens 512 --rank 8]
 
-frozen is transformers' pool without an adapter, whose input has a gradient all the same. Extra memory is the peak of a
-step over the frozen pool's, in percent of the pool's weights: the adapter's gradients are in it, and the adapter too.
+frozen is transformers' pool without an adapter, with a gradient for its input. Extra memory is the peak of a step minus
+that of the frozen pool, in percent of the pool's weights; it includes the adapter and its gradients.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 import argparse
 from types import SimpleNamespace
 
-from benchmarks.measure import Arm, Questions, demand_equal, interleave, keep, machine, matmul_rate, median, ratio, show
+from benchmarks.measure import Arm, StepServer, check_equal, interleave, keep, machine, matmul_rate, median, ratio, show
 
 ARMS = ("frozen", "grouped", "peft")
 SIZES = {"hidden": 512, "width": 384, "experts": 64, "top_k": 6, "tokens": 512, "rank": 8}
 
 
 def work(arm: str, sizes: argparse.Namespace) -> None:
-    """Be one arm."""
+    """Run one arm in this process."""
     import torch
     from peft import LoraConfig, inject_adapter_in_model
     from torch import nn
@@ -26,7 +26,7 @@ def work(arm: str, sizes: argparse.Namespace) -> None:
 
     from ernie_align.models.expert_lora import register_expert_lora
 
-    questions = Questions()
+    server = StepServer()
     torch.manual_seed(0)
     config = SimpleNamespace(
         num_experts=sizes.experts,
@@ -71,34 +71,34 @@ def work(arm: str, sizes: argparse.Namespace) -> None:
             "adapter_gradient": float(sum(norms)),
         }
 
-    questions.serve(step, numbers)
+    server.serve(step, numbers)
 
 
 def main() -> None:
-    """Ask the arms in turn, prove them equal, and print the table."""
+    """Measure the arms, check that they are equal, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repetitions", type=int, default=31)
-    parser.add_argument("--name", help="of the file under results/")
+    parser.add_argument("--name", help="name of the file in results/")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.arm:
-        work(given.arm, given)
+    options = parser.parse_args()
+    if options.arm:
+        work(options.arm, options)
         return
-    sizes = {name: getattr(given, name) for name in (*SIZES, "dtype")}
+    sizes = {name: getattr(options, name) for name in (*SIZES, "dtype")}
     arguments = [word for name, value in sizes.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    steps = interleave([Arm("benchmarks.experts", arm, arguments) for arm in ARMS], given.repetitions, warm_up=3)
-    tolerance = 1e-5 if given.dtype == "float32" else 1e-2
+    steps = interleave([Arm("benchmarks.experts", arm, arguments) for arm in ARMS], options.repetitions, warm_up=3)
+    tolerance = 1e-5 if options.dtype == "float32" else 1e-2
     checked = ("output", "input_gradient", "weight_gradient", "adapter_gradient")
-    demand_equal(steps["grouped"], steps["peft"], dict.fromkeys(checked, tolerance))
+    check_equal(steps["grouped"], steps["peft"], dict.fromkeys(checked, tolerance))
 
-    weights = 3 * given.experts * given.hidden * given.width
-    size = weights * (4 if given.dtype == "float32" else 2)
-    # each of the k choices of a token passes the three matrices of one expert, once forward and once backward
-    flops = 2 * 2 * given.tokens * given.top_k * weights / given.experts
-    rate = matmul_rate(given.dtype)
+    weights = 3 * options.experts * options.hidden * options.width
+    size = weights * (4 if options.dtype == "float32" else 2)
+    # each of the k experts of a token multiplies by three matrices, once forward and once backward
+    flops = 2 * 2 * options.tokens * options.top_k * weights / options.experts
+    rate = matmul_rate(options.dtype)
     base = median(steps["frozen"], "peak")
     figures = {
         arm: {
@@ -106,21 +106,21 @@ def main() -> None:
             "times_frozen": ratio(steps[arm], steps["frozen"]),
             "times_faster_than_peft": ratio(steps["peft"], steps[arm]),
             "extra_memory_percent": 100 * (median(steps[arm], "peak") - base) / size,
-            "tokens_per_second": given.tokens / median(steps[arm], "seconds"),
+            "tokens_per_second": options.tokens / median(steps[arm], "seconds"),
         }
         for arm in ARMS
     }
     floor = {"flops": flops, "matmul_flops_per_second": rate, "seconds": flops / rate}
     print(f"{', '.join(f'{name} {value}' for name, value in sizes.items())}; {machine()}")
     print(f"floor: {flops / 1e9:.1f} GFLOP at {rate / 1e9:.0f} GFLOP/s are {1e3 * flops / rate:.0f} ms\n")
-    print("| | ms | times frozen | PEFT's time over it | tokens/s | extra memory, % of weights |")
+    print("| arm | ms | time / frozen | PEFT time / this | tokens/s | extra memory, % of weights |")
     print("|---|---|---|---|---|---|")
     for arm, figure in figures.items():
         times = f"{1e3 * figure['seconds']:.0f} | {show(figure['times_frozen'])}"
         faster, speed = show(figure["times_faster_than_peft"]), f"{figure['tokens_per_second']:.0f}"
         print(f"| {arm} | {times} | {faster} | {speed} | {figure['extra_memory_percent']:.1f} |")
-    name = given.name or f"experts-{given.hidden}x{given.width}-{given.dtype}"
-    keep(name, {"sizes": sizes, "repetitions": given.repetitions, "floor": floor, "arms": figures})
+    name = options.name or f"experts-{options.hidden}x{options.width}-{options.dtype}"
+    keep(name, {"sizes": sizes, "repetitions": options.repetitions, "floor": floor, "arms": figures})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""VL-28B-A3B at full size on one large GPU: random bfloat16 weights, LoRA r 8 on both pools and attention.
+"""Measure VL-28B-A3B at full size on one large GPU: random bfloat16 weights, LoRA r 8 on attention and both pools.
 
     python -m benchmarks.gpu --arm ours|stock --task sft|dpo [--checkpointing] [--images]
 
-A command is one part and ends within its --minutes: shapes that time or memory do not allow are named, not measured. No
-checkpoint, tokenizer or data is needed. ours and stock are one model with one adapter and TRL's fused head, with our
-wrapper, dispatch, head and images encoded once, and without; in stock too the routing tensor is derived at the
-backbone, or its pools would see the wrong tokens.
-The share of the matmul peak counts products with weights (frozen ones twice, forward and backward; once more where
-layers are recomputed), not attention scores. `--preset tiny` is for trying this file without a GPU.
+Each command ends within --minutes; shapes that do not fit into the time or the memory are listed as not measured. No
+checkpoint, tokenizer or data is needed. Both arms have the same model, adapter and TRL's fused head; ours adds our LoRA
+wrapper, token dispatch, head and image feature cache. The token types are derived at the backbone in both arms, since
+otherwise the pools of the stock stack would get the wrong tokens.
+The share of the matmul peak counts products with weights (frozen weights twice, forward and backward; once more where
+layers are recomputed), not attention scores. `--preset tiny` runs this file without a GPU.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 
 from benchmarks.measure import Stopwatch, keep, machine, matmul_rate, median
 
-# rows x tokens; of pairs, rows are sequences
+# rows x tokens; for pairs, rows are sequences
 SHAPES = {"full": ((2, 512), (8, 2048), (1, 16384)), "tiny": ((2, 64), (4, 128))}
-GRID = 28  # patches on each side of an image: 196 placeholders
+GRID = 28  # patches per side of an image: 196 placeholders
 SCOPES = ("attention", "text_experts", "vision_experts")
 
 
 def make_model(preset: str, arm: str, device: str) -> tuple[Any, Any]:
-    """The PeftModel, made on the device, and its anatomy."""
+    """Create the PeftModel on the device; return it with its architecture."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import Ernie4_5_VLMoeConfig, Ernie4_5_VLMoeForConditionalGeneration
@@ -65,12 +65,12 @@ def make_model(preset: str, arm: str, device: str) -> tuple[Any, Any]:
     if arm == "ours":
         install_token_dispatch(model.model.language_model)
     else:
-        adapter = LoraConfig(**adapter.to_dict())  # the settings alone: without our wrapper
+        adapter = LoraConfig(**adapter.to_dict())  # a plain config: without our wrapper
     return get_peft_model(model, adapter), architecture
 
 
 def make_batch(config: Any, rows: int, tokens: int, *, images: bool, device: str) -> dict[str, Any]:
-    """Random text, and in each row an image if asked for. Labels are the second half of each row."""
+    """Return random text, with an image in each row if `images`. The second half of each row is labeled."""
     import torch
 
     ids = torch.randint(10, min(config.image_token_id, config.image_start_token_id), (rows, tokens))
@@ -89,8 +89,8 @@ def make_batch(config: Any, rows: int, tokens: int, *, images: bool, device: str
     return {key: value.to(device) for key, value in {"input_ids": ids, "labels": labels, **batch}.items()}
 
 
-def loss_of(model: Any, batch: dict[str, Any], task: str, arm: str) -> Any:
-    """SFT: cross-entropy. DPO: the first half of the rows is chosen, the second rejected; the reference is the base."""
+def compute_loss(model: Any, batch: dict[str, Any], task: str, arm: str) -> Any:
+    """Cross-entropy for SFT; for DPO, the rows are chosen then rejected, and the reference is the base."""
     from contextlib import nullcontext
 
     import torch
@@ -104,7 +104,7 @@ def loss_of(model: Any, batch: dict[str, Any], task: str, arm: str) -> Any:
     images = ImageFeatureCache(frozen=True)
 
     def logps() -> Any:
-        with images.shown(model) if ours else nullcontext():
+        with images.use(model) if ours else nullcontext():
             return scored(**batch, fused_lm_head=True, use_cache=False).log_probs
 
     if task == "sft":
@@ -116,17 +116,17 @@ def loss_of(model: Any, batch: dict[str, Any], task: str, arm: str) -> Any:
 
 
 def flops_per_token(architecture: Any, config: Any, task: str, checkpointing: bool) -> float:
-    """Of text: products with the weights that a token meets. The head meets every other one."""
+    """Count the FLOPs of products with weights per text token. The head processes every second token."""
     share = config.text_config.moe_k / config.text_config.moe_num_experts
     met = {"attention": 1, "dense_mlp": 1, "shared_experts": 1, "text_experts": share, "text_router": 1}
-    active = sum(part * sum(tensor.size for tensor in architecture.of(name)) for name, part in met.items())
+    active = sum(part * sum(tensor.size for tensor in architecture.by_part.get(name, [])) for name, part in met.items())
     active += config.text_config.vocab_size * config.text_config.hidden_size / 2
     passes = 2 + checkpointing + (task == "dpo")
     return 2 * passes * active
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure every shape that time and memory allow, and write JSON."""
+    """Measure every shape that fits into time and memory, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="full", choices=sorted(SHAPES))
     parser.add_argument("--arm", default="ours", choices=["ours", "stock"])
@@ -135,32 +135,32 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=7.0)
-    given = parser.parse_args(arguments)
-    end = time.monotonic() + 60 * given.minutes
+    options = parser.parse_args(arguments)
+    end = time.monotonic() + 60 * options.minutes
 
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    model, architecture = make_model(given.preset, given.arm, device)
+    model, architecture = make_model(options.preset, options.arm, device)
     model.train()
-    if given.checkpointing:
+    if options.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     config = model.get_base_model().config
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-5)
     peak_rate = matmul_rate("bfloat16", size=8192 if device == "cuda" else 256)
-    flops = flops_per_token(architecture, config, given.task, given.checkpointing)
+    flops = flops_per_token(architecture, config, options.task, options.checkpointing)
     results = []
-    for rows, tokens in SHAPES[given.preset]:
-        rows = max(rows, 2) if given.task == "dpo" else rows
+    for rows, tokens in SHAPES[options.preset]:
+        rows = max(rows, 2) if options.task == "dpo" else rows
         figure: dict[str, Any] = {"rows": rows, "tokens": tokens}
         steps: list[dict[str, float]] = []
         try:
-            batch = make_batch(config, rows, tokens, images=given.images, device=device)
-            while len(steps) <= given.steps and time.monotonic() < end:
+            batch = make_batch(config, rows, tokens, images=options.images, device=device)
+            while len(steps) <= options.steps and time.monotonic() < end:
                 with Stopwatch() as watch:
                     optimizer.zero_grad(set_to_none=True)
-                    loss = loss_of(model, batch, given.task, given.arm)
+                    loss = compute_loss(model, batch, options.task, options.arm)
                     loss.backward()
                     optimizer.step()
                 steps.append({"seconds": watch.seconds, "peak": watch.peak, "loss": loss.item()})
@@ -176,9 +176,9 @@ def main(arguments: list[str] | None = None) -> None:
             figure.setdefault("not_measured", "out of time")
         results.append(figure)
         print(figure, flush=True)
-    settings = {key: getattr(given, key) for key in ("preset", "arm", "task", "images", "checkpointing")}
-    words = [given.preset, given.arm, given.task]
-    words += [word for word in ("images", "checkpointing") if getattr(given, word)]
+    settings = {key: getattr(options, key) for key in ("preset", "arm", "task", "images", "checkpointing")}
+    words = [options.preset, options.arm, options.task]
+    words += [word for word in ("images", "checkpointing") if getattr(options, word)]
     path = keep("gpu-" + "-".join(words), {**settings, "matmul_flops_per_second": peak_rate, "shapes": results})
     print(f"{machine()}: {path}")
 

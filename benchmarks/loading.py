@@ -1,8 +1,8 @@
-"""What loading costs each process in memory, where the processes share a model: `python -m benchmarks.loading`.
+"""Measure the peak memory of each process while a sharded model is loaded: `python -m benchmarks.loading`.
 
-The model is the tiny preset `mini` of the VL family in float32: all processes on one machine, which meet by gloo and
-share it by FSDP2 or with `--ep-size`. Of each process: the peak of its resident memory while it loads and shards, less
-what it held before, with torch and transformers imported. On a CPU a process keeps its own part in the same memory.
+The model is the preset `mini` of the VL family in float32. All processes run on one machine with gloo and shard the
+model with FSDP2 or `--ep-size`. The figure of a process is its peak resident memory while it loads and shards, minus
+what it held before with torch and transformers imported. On a CPU, a process keeps its shard in the same memory.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from ernie_align.tiny import make_checkpoint
 from tests.support.multi_process import FSDP2, gpus_on_the_cpu
 from tests.support.runs import ROOT
 
-WAYS = ("fsdp2, each reads", "fsdp2, the first reads", "ep")
+MODES = ("fsdp2, every rank reads", "fsdp2, rank 0 reads", "ep")
 
 
 def main() -> None:
-    """A table of MB, one row for each way and number of processes."""
+    """Print MB of each process, one row per mode and number of processes."""
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         model = make_checkpoint("vl_moe", Path(folder) / "model", preset="mini")
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-        print(f"the model: {size / 1e6:.0f} MB")
+        print(f"model: {size / 1e6:.0f} MB")
         for processes in (2, 4):
-            for way in WAYS:
-                peaks = started(model, way, processes)
+            for way in MODES:
+                peaks = run_processes(model, way, processes)
                 row = " ".join(f"{peak:6.0f}" for peak in peaks)
-                print(f"{way:24} {processes} processes: {row}   together {sum(peaks):6.0f} MB", flush=True)
+                print(f"{way:24} {processes} processes: {row}   total {sum(peaks):6.0f} MB", flush=True)
 
 
-def started(model: Path, way: str, processes: int, module: str = "benchmarks.loading") -> list[float]:
-    """MB of each process of `python -m module`."""
+def run_processes(model: Path, way: str, processes: int, module: str = "benchmarks.loading") -> list[float]:
+    """Start the processes of `python -m module`; return the MB that each prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,22 +54,21 @@ def started(model: Path, way: str, processes: int, module: str = "benchmarks.loa
         env = {**os.environ, **{name: str(value) for name, value in place.items()}}
         command = [sys.executable, "-m", module, str(model), way]
         children.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE))
-    said = [child.communicate()[0] for child in children]
-    return [float(line) for line in said]
+    return [float(child.communicate()[0]) for child in children]
 
 
-def share(model: Path, way: str) -> PreTrainedModel:
-    """The model, loaded and shared by the processes that were started."""
+def load_sharded(model: Path, way: str) -> PreTrainedModel:
+    """Load and shard the model in this process group."""
     if way == "ep":
         return load_model(str(model), parallel=ParallelLayout(ep_size=torch.distributed.get_world_size())).model
-    first_reads = way == WAYS[1]
+    rank0_loading = way == MODES[1]
     units = SHARDING_UNITS["vl_moe"]
-    told = {"FSDP_CPU_RAM_EFFICIENT_LOADING": str(first_reads).lower()}
-    told["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(units.layers + units.routers)
-    with gpus_on_the_cpu(**FSDP2 | told):
+    fsdp = {"FSDP_CPU_RAM_EFFICIENT_LOADING": str(rank0_loading).lower()}
+    fsdp["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(units.layers + units.routers)
+    with gpus_on_the_cpu(**FSDP2 | fsdp):
         from accelerate import Accelerator
 
-        kept = load_model(str(model), first_reads=first_reads).model.requires_grad_(False)
+        kept = load_model(str(model), rank0_loading=rank0_loading).model.requires_grad_(False)
         kept.model.language_model.norm.weight.requires_grad_(True)
         give_distinct_addresses(kept, in_float32=False)
         trained = [weight for weight in kept.parameters() if weight.requires_grad]
@@ -77,18 +76,18 @@ def share(model: Path, way: str) -> PreTrainedModel:
 
 
 def load(model: Path, way: str) -> None:
-    """One process: prints its peak."""
+    """Load in this process and print its peak memory in MB."""
     quiet_libraries()
     torch.distributed.init_process_group("gloo")
-    held = resident()
-    kept = share(model, way)
+    held = resident_memory()
+    kept = load_sharded(model, way)
     torch.distributed.barrier()
-    print(resident("VmHWM") - held)
+    print(resident_memory("VmHWM") - held)
     del kept
 
 
-def resident(which: str = "VmRSS") -> float:
-    """MB of memory that this process holds, or (VmHWM) has held at most. getrusage would tell the parent's peak too."""
+def resident_memory(which: str = "VmRSS") -> float:
+    """Return the MB that this process holds, or has held at most (VmHWM). getrusage would include the parent's peak."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which + ":"))
     return int(line.split()[1]) * 1024 / 1e6
 

@@ -1,7 +1,6 @@
-"""How the benchmarks measure: each way of doing a thing has a process of its own and is asked in turn, step by step.
+"""Interleaved measurement: each variant (arm) runs in a process of its own, and the arms take one step each in turn.
 
-So a step of one way stands beside a step of the other, whatever else the machine does meanwhile, and the peak memory of
-each is its own.
+Whatever else the machine does then affects all arms alike, and each arm has its own peak memory.
 """
 
 from __future__ import annotations
@@ -22,9 +21,11 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def asked_for(doc: str, arms: Iterable[str], **numbers: tuple[int, str | None]) -> argparse.Namespace:
-    """The command line of a benchmark of whole steps: --preset, its own numbers (each with its default and what it is),
-    --checkpointing, and what an arm is told."""
+def parse_options(doc: str, arms: Iterable[str], **numbers: tuple[int, str | None]) -> argparse.Namespace:
+    """Parse the command line of a benchmark of whole steps.
+
+    numbers: name -> (default, help) of further integer options. --arm and --folder are passed to the processes of arms.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="mini", choices=["tiny", "mini"])
     for name, (default, what) in numbers.items():
@@ -35,21 +36,21 @@ def asked_for(doc: str, arms: Iterable[str], **numbers: tuple[int, str | None]) 
     return parser.parse_args()
 
 
-def settings_of(given: argparse.Namespace) -> dict[str, Any]:
-    """What was asked for, without what an arm is told."""
-    return {name: value for name, value in vars(given).items() if name not in ("arm", "folder")}
+def settings_from(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of the benchmark without those passed to arms."""
+    return {name: value for name, value in vars(options).items() if name not in ("arm", "folder")}
 
 
-def arms_of(module: str, arms: Iterable[str], given: argparse.Namespace, folder: Path) -> list[Arm]:
-    """The arms of such a benchmark, each told what was asked for."""
+def start_arms(module: str, arms: Iterable[str], options: argparse.Namespace, folder: Path) -> list[Arm]:
+    """Start one process per arm with the options of the benchmark."""
     words = [f"--folder={folder}"]
-    for name, value in settings_of(given).items():
+    for name, value in settings_from(options).items():
         words += ([f"--{name}"] if value else []) if isinstance(value, bool) else [f"--{name}={value}"]
     return [Arm(module, arm, words) for arm in arms]
 
 
 class Arm:
-    """One way of doing the thing: `python -m MODULE --arm NAME ...`, which does a step whenever it is asked."""
+    """A variant under measurement: a process `python -m MODULE --arm NAME ...` that takes a step on request."""
 
     def __init__(self, module: str, name: str, arguments: Iterable[str]):
         self.name = name
@@ -57,37 +58,37 @@ class Arm:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def step(self) -> dict[str, Any]:
-        """What one step took, and the numbers it came to."""
+        """Run one step; return its seconds, peak memory and values."""
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            sys.exit(f"the arm {self.name} ended with {self.process.wait()}")
-        return json.loads(answer)
+        reply = self.process.stdout.readline()
+        if not reply:
+            sys.exit(f"arm {self.name} exited with code {self.process.wait()}")
+        return json.loads(reply)
 
     def close(self) -> None:
-        """Let the process end."""
+        """End the process."""
         self.process.stdin.close()
         self.process.wait()
 
 
-class Questions:
-    """The other end of an Arm. Whatever libraries print goes to stderr."""
+class StepServer:
+    """The process side of an Arm. Output of libraries goes to stderr."""
 
     def __init__(self):
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
 
     def wait(self) -> bool:
-        """Until a step is asked for; False when no more will be."""
+        """Wait for a request; return False if there will be no more."""
         return bool(sys.stdin.readline())
 
     def answer(self, **values: Any) -> None:
-        """What the step took."""
+        """Send the measurements of a step."""
         print(json.dumps(values), file=self._answers, flush=True)
 
     def serve(self, step: Callable[[], None], numbers: Callable[[], dict[str, float]]) -> None:
-        """Answer every question with a timed step, and with the numbers it left, which are worked out afterwards."""
+        """Answer every request with a timed step and its values, which are computed outside the timed part."""
         while self.wait():
             with Stopwatch() as watch:
                 step()
@@ -95,10 +96,10 @@ class Questions:
 
 
 class Stopwatch:
-    """seconds of a block, and the peak of its memory in bytes: resident set, or allocated on a GPU."""
+    """Seconds of a block and its peak memory in bytes: resident set, or allocated memory on a GPU."""
 
     def __enter__(self) -> Stopwatch:
-        forget_peak()
+        reset_peak_memory()
         synchronize()
         self._start = time.perf_counter()
         return self
@@ -110,15 +111,15 @@ class Stopwatch:
 
 
 def synchronize() -> None:
-    """Wait for the GPU, if there is one."""
+    """Synchronize the GPU, if there is one."""
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def forget_peak() -> None:
-    """Begin a new peak of memory here."""
+def reset_peak_memory() -> None:
+    """Reset the peak memory counter."""
     import torch
 
     if torch.cuda.is_available():
@@ -128,7 +129,7 @@ def forget_peak() -> None:
 
 
 def peak_memory() -> int:
-    """Bytes at the highest point since forget_peak."""
+    """Return the peak memory in bytes since reset_peak_memory."""
     import torch
 
     if torch.cuda.is_available():
@@ -138,7 +139,7 @@ def peak_memory() -> int:
 
 
 def interleave(arms: list[Arm], repetitions: int, *, warm_up: int = 1) -> dict[str, list[dict[str, Any]]]:
-    """One step of each arm after the other, from another arm on each time. Steps of warming up are done and dropped."""
+    """Run one step of each arm in turn, starting with another arm each time. Warm-up steps are dropped."""
     steps: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in arms}
     for number in range(warm_up + repetitions):
         first = number % len(arms)
@@ -149,27 +150,27 @@ def interleave(arms: list[Arm], repetitions: int, *, warm_up: int = 1) -> dict[s
     return {name: done[warm_up:] for name, done in steps.items()}
 
 
-def demand_equal(these: list[dict], those: list[dict], tolerances: dict[str, float]) -> None:
-    """Both come to the same numbers in every step, to these relative tolerances: or no timing is shown at all."""
+def check_equal(these: list[dict], those: list[dict], tolerances: dict[str, float]) -> None:
+    """Exit unless both arms computed the same values in every step, within relative tolerances."""
     for number, (this, that) in enumerate(zip(these, those, strict=True)):
         for key, tolerance in tolerances.items():
             if not abs(this[key] - that[key]) <= tolerance * abs(that[key]):
-                sys.exit(f"step {number}: {key} is {this[key]!r} here and {that[key]!r} there: these are not the same")
+                sys.exit(f"step {number}: {key} is {this[key]!r} in one arm and {that[key]!r} in the other")
 
 
 def ratio(these: list[dict], those: list[dict], key: str = "seconds") -> dict[str, float]:
-    """Of steps that stood side by side: the median ratio, the least and the greatest."""
+    """Return median, minimum and maximum of the ratios of steps taken in the same turn."""
     ratios = [this[key] / that[key] for this, that in zip(these, those, strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def median(steps: list[dict], key: str) -> float:
-    """The median of a number over the steps."""
+    """Return the median of a value over the steps."""
     return statistics.median(step[key] for step in steps)
 
 
 def matmul_rate(dtype: str = "float32", size: int = 1024, repetitions: int = 9) -> float:
-    """FLOP/s of a square matrix product here and now."""
+    """Measure the FLOP/s of a square matrix product."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -183,7 +184,7 @@ def matmul_rate(dtype: str = "float32", size: int = 1024, repetitions: int = 9) 
 
 
 def machine() -> str:
-    """What the figures are measured on."""
+    """Return the name of the GPU, or the architecture and threads of the CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -192,12 +193,12 @@ def machine() -> str:
 
 
 def show(ratio: dict[str, float]) -> str:
-    """median [min, max]"""
+    """Format as median [min, max]."""
     return f"{ratio['median']:.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}]"
 
 
 def table(figures: dict[str, dict[str, Any]], *columns: tuple) -> str:
-    """Markdown, a row for each name. columns: (head, key of the figures[, format[, unit]]), ratios as show has them."""
+    """Return a Markdown table with a row per name. columns: (header, key of the figures[, format[, unit]])."""
 
     def cell(value: Any, form: str = "", unit: float = 1) -> str:
         return show(value) if isinstance(value, dict) else f"{value / unit:{form}}"
@@ -209,7 +210,7 @@ def table(figures: dict[str, dict[str, Any]], *columns: tuple) -> str:
 
 
 def keep(name: str, figures: dict[str, Any]) -> Path:
-    """Write the figures, with what they were measured on, into results/NAME.json."""
+    """Write the figures with machine and versions to results/NAME.json."""
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "trl", "peft")}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"

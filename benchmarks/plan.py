@@ -1,11 +1,11 @@
-"""The plan's memory against the measured one, over the loaded model, stage by stage.
+"""Compare planned with measured memory over the loaded model, stage by stage.
 
     python -m benchmarks.plan [--preset tiny|mini] [--out benchmarks/results/plan.json]
 
 Each case is a run of three steps on rows of one length (text and one image), in float32, in a process of its own.
-Measured is the peak of the resident set (read every 2 ms; allocated device memory on a GPU) less what the process held
-when training began, with every weight touched. The allocator gives memory back at once (MALLOC_MMAP_THRESHOLD_), so
-that what is resident is what is in use. Planned is ernie_align.planning.memory for the same recipe, rows and device.
+Measured is the peak of the resident set (sampled every 2 ms; allocated device memory on a GPU) minus what the process
+held when training began, with every weight in memory. The allocator returns memory at once (MALLOC_MMAP_THRESHOLD_), so
+that resident memory is memory in use. Planned is ernie_align.planning.memory for the same recipe, rows and device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 STEPS = 3
-SIZES = {"tiny": (16, 224, 350), "mini": (4, 224, 120)}  # rows, pixels of an image's side, words of a question
+SIZES = {"tiny": (16, 224, 350), "mini": (4, 224, 120)}  # rows, side of the image in pixels, words of the question
 BOTH_POOLS = {"scopes": ["attention", "text_experts", "vision_experts"], "rank": 16, "alpha": 32}
 CASES: dict[str, dict[str, Any]] = {
     "sft": {"stage": "sft"},
@@ -38,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def recipe_of(case: dict[str, Any], folder: Path, run: Path, rows: int) -> dict[str, Any]:
-    """The case as a recipe."""
+    """Return the recipe of a case."""
     stage = case["stage"]
     recipe: dict[str, Any] = {
         "stage": stage,
@@ -63,7 +63,7 @@ def recipe_of(case: dict[str, Any], folder: Path, run: Path, rows: int) -> dict[
 
 
 def make(folder: Path, preset: str) -> None:
-    """The model, and rows that are all of one length."""
+    """Create the model, and rows of one length."""
     from PIL import Image
 
     from ernie_align.tiny import make_checkpoint
@@ -83,15 +83,14 @@ def make(folder: Path, preset: str) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
-def planned(recipe: Any) -> dict[str, float]:
-    """Bytes by part, for rows of the length that they have."""
+def plan_memory(recipe: Any) -> dict[str, float]:
+    """Plan the bytes by part for the actual length of the rows."""
     import torch
 
     from ernie_align.models.architecture import Architecture
     from ernie_align.models.checkpoint_files import CheckpointFiles
     from ernie_align.planning.memory import estimate_memory
-    from ernie_align.planning.setting import Workload
-    from ernie_align.planning.shape import ModelShape
+    from ernie_align.planning.workload import ModelShape, Workload
     from ernie_align.runs import sample_data, set_up
 
     setup = set_up(recipe)
@@ -103,7 +102,7 @@ def planned(recipe: Any) -> dict[str, float]:
     setting = Workload.of(recipe, architecture, vision=0.0)
     length = len(ids) + setting.completion
     device = "gpu" if torch.cuda.is_available() else "cpu"
-    padded = recipe.stage == "upo"  # completions differ in length, the rows made here do not
+    padded = recipe.stage == "upo"  # completions differ in length; the rows created here do not
     vision = min(images, len(ids)) / length
     both = "chosen_ids" in example
     trained = len(example["chosen_ids"] + example["rejected_ids"]) / 2 if both else example.get("trained", 0)
@@ -113,7 +112,7 @@ def planned(recipe: Any) -> dict[str, float]:
     return {**found.parts(), "over_loaded": found.peak - found.loaded, "tokens": length, "vision": setting.vision}
 
 
-def measured(recipe: Any) -> float:
+def measure_memory(recipe: Any) -> float:
     """Bytes over the loaded model, at the worst moment of a run in this process."""
     import resource
 
@@ -127,19 +126,19 @@ def measured(recipe: Any) -> float:
     held: list[int] = []
     ended = threading.Event()
 
-    def resident() -> int:
+    def resident_memory() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
     def watch() -> None:
         while not ended.wait(0.002):
-            held.append(resident())
+            held.append(resident_memory())
 
     class Meter(TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, **kwargs):
             with torch.no_grad():
-                for parameter in model.parameters():  # a file that is mapped is resident once it is read
+                for parameter in model.parameters():  # a memory-mapped file is resident once it is read
                     parameter.sum()
-            held.append(resident())
+            held.append(resident_memory())
             if torch.cuda.is_available():
                 held[:] = [torch.cuda.memory_allocated()]
                 torch.cuda.reset_peak_memory_stats()
@@ -159,41 +158,41 @@ def measured(recipe: Any) -> float:
     return float(peak - held[0])
 
 
-def one(case: str, folder: Path, preset: str) -> dict[str, Any]:
-    """A case, planned and measured, in this process."""
+def run_case(case: str, folder: Path, preset: str) -> dict[str, Any]:
+    """Plan and measure a case in this process."""
     from ernie_align.runs import load_recipe
 
     with tempfile.TemporaryDirectory(dir=folder) as run:
         recipe = load_recipe(recipe_of(CASES[case], folder, Path(run) / "run", SIZES[preset][0]))
-        expected = planned(recipe)
-        return {"case": case, "planned": expected, "measured": measured(recipe)}
+        expected = plan_memory(recipe)
+        return {"case": case, "planned": expected, "measured": measure_memory(recipe)}
 
 
 def keep(path: Path, results: list[dict[str, Any]]) -> None:
-    """The figures as JSON."""
+    """Write the figures as JSON."""
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} threads"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine, "dtype": "float32", "cases": results}, indent=1) + "\n")
 
 
 def main() -> None:
-    """Every case in a process of its own, and a table."""
+    """Run every case in a process of its own and print a table."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--preset", choices=list(SIZES), action="append", help="both, if left out")
-    arguments.add_argument("--case", choices=list(CASES), action="append", help="all, if left out")
-    arguments.add_argument("--out", type=Path, help="write the figures here, as JSON")
+    arguments.add_argument("--preset", choices=list(SIZES), action="append", help="default: both")
+    arguments.add_argument("--case", choices=list(CASES), action="append", help="default: all")
+    arguments.add_argument("--out", type=Path, help="write the figures to this file as JSON")
     arguments.add_argument("--one", nargs=3, metavar=("CASE", "FOLDER", "PRESET"), help=argparse.SUPPRESS)
-    given = arguments.parse_args()
-    if given.one:
-        case, folder, preset = given.one
-        print(json.dumps(one(case, Path(folder), preset)))
+    options = arguments.parse_args()
+    if options.run_case:
+        case, folder, preset = options.run_case
+        print(json.dumps(run_case(case, Path(folder), preset)))
         return
     results = []
     print("| model | case | tokens | planned GB | measured GB | off |\n|---|---|---|---|---|---|")
-    for preset in given.preset or list(SIZES):
+    for preset in options.preset or list(SIZES):
         with tempfile.TemporaryDirectory() as name:
             make(Path(name), preset)
-            for case in given.case or list(CASES):
+            for case in options.case or list(CASES):
                 command = [sys.executable, "-m", "benchmarks.plan", "--one", case, name, preset]
                 frugal = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
                 done = subprocess.run(command, capture_output=True, text=True, env=frugal)
@@ -207,8 +206,8 @@ def main() -> None:
                     f"{plan / found - 1:+.1%} |",
                     flush=True,
                 )
-                if given.out is not None:  # after each: a run that is cut off has told what it found
-                    keep(given.out, results)
+                if options.out is not None:  # after each case, so that an interrupted benchmark keeps its figures
+                    keep(options.out, results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Aligns Baidu's open ERNIE 4.5 models after pre-training."""
+"""Align Baidu's open ERNIE 4.5 models after pre-training."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from ernie_align.exporting import export
     from ernie_align.models.load import load_model
     from ernie_align.planning import Plan
+    from ernie_align.recipe import Recipe
     from ernie_align.runs import RunResult, Setup, check_data, load_recipe
     from ernie_align.runs.selfcheck import Check
 
-_HOMES = {
-    "evaluate": "ernie_align.evaluation",
+_MODULES = {
     "check_data": "ernie_align.runs",
+    "evaluate": "ernie_align.evaluation",
     "export": "ernie_align.exporting",
     "load_model": "ernie_align.models.load",
     "load_recipe": "ernie_align.runs",
@@ -26,18 +27,16 @@ _HOMES = {
 
 
 def check(recipe: Any, *, overrides: Iterable[str] = (), rows: int = 100) -> Setup:
-    """Judge a recipe and the first `rows` rows of each source, and show what would be trained. Loads no weights.
+    """Validate a recipe and the first `rows` rows of each source, and show what would be trained. Loads no weights.
 
-    recipe: a Recipe, or what load_recipe takes. Raises AlignError for the first of them that is unsound.
+    recipe: a Recipe, or what load_recipe takes. Raises AlignError at the first thing that is wrong.
     """
     from ernie_align.data.preview import preview_example
-    from ernie_align.recipe import Recipe
     from ernie_align.report.console import Terminal
-    from ernie_align.runs import load_recipe, sample_data, set_up
+    from ernie_align.runs import sample_data, set_up
 
-    checked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides=overrides)
     terminal = Terminal()
-    setup = set_up(checked)
+    setup = set_up(_load(recipe, overrides))
     for note in setup.notes:
         terminal.log(note)
     terminal.parameter_summary(setup.parameter_summary)
@@ -47,64 +46,70 @@ def check(recipe: Any, *, overrides: Iterable[str] = (), rows: int = 100) -> Set
     lines = setup.stage.batching_summary(setup.recipe, [example["length"] for example in examples])
     for line in (*lines, *setup.stage.preflight(setup.recipe, setup.architecture, examples[0])):
         terminal.log(line)
-    judged = sum(count.rows for count in counts)
-    terminal.log(f"the recipe is sound, and so are the {judged} rows that were judged (rows: {rows} of each source)")
+    checked = sum(count.rows for count in counts)
+    terminal.log(
+        f"the recipe is valid, and so are the {checked} rows that were checked (the first {rows} of each source)"
+    )
     return setup
 
 
 def run(recipe: Any, *, resume: bool = False, tp_size: int = 1, ep_size: int = 1) -> RunResult:
-    """Train what a recipe says, into its run.dir, and tell about it on the terminal or in the notebook.
+    """Train a recipe into its run.dir, with progress on the terminal or in the notebook.
 
-    recipe: a Recipe, or what load_recipe takes; resume: go on from the newest whole checkpoint in run.dir;
-    tp_size, ep_size: processes over which matrices are cut, and experts dealt out (docs/scale/distributed.md).
+    recipe: a Recipe, or what load_recipe takes; resume: continue from the newest complete checkpoint in run.dir;
+    tp_size, ep_size: processes that split each matrix, and the experts (docs/scale/distributed.md).
     """
     from ernie_align.models.distributed.layout import ParallelLayout
-    from ernie_align.recipe import Recipe
     from ernie_align.report.console import Terminal, quiet_libraries
-    from ernie_align.runs import load_recipe, run
+    from ernie_align.runs import run
     from ernie_align.runs.distributed import init_distributed_state
 
     quiet_libraries()
-    checked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    loaded = _load(recipe)
     parallel = ParallelLayout(tp_size, ep_size) if (tp_size, ep_size) != (1, 1) else None
-    terminal = Terminal(speaks=init_distributed_state(checked).is_main_process)
-    return run(checked, resume=resume, parallel=parallel, reporter=terminal)
+    terminal = Terminal(speaks=init_distributed_state(loaded).is_main_process)
+    return run(loaded, resume=resume, parallel=parallel, reporter=terminal)
 
 
 def plan(recipe: Any, *, overrides: Iterable[str] = (), **hardware: Any) -> Plan:
-    """What a recipe needs in memory and time; imports no torch and loads no weights.
+    """Estimate a recipe's memory and time. Imports no torch and loads no weights.
 
     recipe: a Recipe, or what load_recipe takes; hardware: gpu, gpus, strategy, ... of planning.plan.
     """
     from ernie_align.models.checkpoint_files import CheckpointFiles
     from ernie_align.planning import plan
-    from ernie_align.recipe import Recipe
-    from ernie_align.runs import load_recipe, resolve_adapter_base
+    from ernie_align.runs import resolve_adapter_base
 
-    checked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides=overrides)
-    if CheckpointFiles(checked.model.name).is_folder:  # a run or an adapter is nothing that the hub is asked about
-        checked, _ = resolve_adapter_base(checked)
-    return plan(checked, **hardware)
+    loaded = _load(recipe, overrides)
+    if CheckpointFiles(loaded.model.name).is_folder:  # a run or an adapter, whose base model is planned
+        loaded, _ = resolve_adapter_base(loaded)
+    return plan(loaded, **hardware)
 
 
-def selfcheck(recipe: Any, *, overrides: Iterable[str] = (), **how: Any) -> list[Check]:
-    """Whether a recipe routes, resumes, repeats and spreads on this machine, by a few of its own steps.
+def selfcheck(recipe: Any, *, overrides: Iterable[str] = (), **options: Any) -> list[Check]:
+    """Run a few steps of a recipe to check that it routes, resumes, repeats and distributes exactly on this machine.
 
-    recipe: a Recipe, or what load_recipe takes; how: steps, processes and say of runs.selfcheck.
+    recipe: a Recipe, or what load_recipe takes; options: steps, processes and log of runs.selfcheck.
     """
-    from ernie_align.recipe import Recipe
     from ernie_align.report.console import quiet_libraries
-    from ernie_align.runs import load_recipe
     from ernie_align.runs.selfcheck import selfcheck
 
     quiet_libraries()
-    checked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides=overrides)
-    return selfcheck(checked, **how)
+    return selfcheck(_load(recipe, overrides), **options)
 
 
-def __getattr__(name: str) -> Any:  # the public names, imported when they are asked for
-    if name in _HOMES:
+def _load(recipe: Any, overrides: Iterable[str] = ()) -> Recipe:
+    from ernie_align.recipe import Recipe
+    from ernie_align.runs import load_recipe
+
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides=overrides)
+
+
+def __getattr__(name: str) -> Any:  # import a public name when it is first used, so that `import ernie_align` is fast
+    if name in _MODULES:
         from importlib import import_module
 
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(import_module(_MODULES[name]), name)
+    if name == "examine":
+        raise AttributeError("ernie_align.examine is now called ernie_align.check_data")
     raise AttributeError(f"module 'ernie_align' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`python -m ernie_align`, which is also what `accelerate launch -m ernie_align` calls."""
+"""Run the command line: `python -m ernie_align`, and `accelerate launch -m ernie_align`."""
 
 from ernie_align.cli import main
 

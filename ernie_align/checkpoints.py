@@ -1,12 +1,16 @@
-"""Whether a folder of a run was written to its end and is still what was written: the seal that is put on it last."""
+"""Tell a complete checkpoint from an incomplete one, and write files atomically.
+
+A manifest is written into a checkpoint last: without one, the write was interrupted.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,62 +18,78 @@ MANIFEST = "complete.json"  # name -> {"size": bytes, "sha256": [of each piece]}
 
 _PIECE = 2**30  # bytes: a file is hashed piece by piece, so that one file of many GB keeps all threads busy
 _THREADS = 8
-_READ = 2**20  # bytes at a time
+_READ = 2**20  # bytes per read
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; on success, flush that file to disk and rename it to `path`.
+
+    A reader sees the old file or the new one, never half of one. Creates the folder. Raises OSError if a write fails.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    yield partial
+    flush_to_disk(partial)
+    partial.replace(path)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 through `atomic_path`."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def partial_checkpoint(folder: str | Path) -> Path:
-    """Where a run's checkpoints are written before they are whole: `checkpoint.partial` in its folder."""
+    """Return `checkpoint.partial` in a run's folder: checkpoints are written there and renamed once complete."""
     return Path(folder) / "checkpoint.partial"
 
 
 def write_manifest(folder: Path) -> None:
-    """Say that a folder is whole: sizes and hashes of its files, which are flushed to disk before the seal is.
+    """Mark a checkpoint complete: flush its files to disk, then write their sizes and hashes into its manifest.
 
-    Raises OSError where the disk refuses.
+    Raises OSError if a write fails.
     """
     paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))}
     files = {name: path for name, path in paths.items() if path.is_file() and name != MANIFEST}
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(flush_to_disk, paths.values()))
-        sums = _sums(files.values(), pool)
-    sealed = {name: {"size": path.stat().st_size, "sha256": sums[path]} for name, path in files.items()}
-    partial = folder / f".{MANIFEST}.partial"
-    partial.write_text(json.dumps(sealed, indent=2) + "\n", encoding="utf-8")
-    flush_to_disk(partial)
-    partial.replace(folder / MANIFEST)
+        hashes = _hash_files(files.values(), pool)
+    manifest = {name: {"size": path.stat().st_size, "sha256": hashes[path]} for name, path in files.items()}
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     flush_to_disk(folder)
 
 
 def integrity_error(folder: Path, *, hashes: bool = False) -> str | None:
-    """Why a folder is not whole, or None. hashes: read every file again and compare it with what was written."""
+    """Return why a checkpoint is incomplete or changed, or None. hashes: read every file again and compare hashes."""
     if not (folder / MANIFEST).exists():
-        return "cut off in mid-write"
+        return "its write was interrupted"
     try:
-        sealed = _manifest(folder)
+        manifest = _read_manifest(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read: {error}"
-    for name, (size, _) in sealed.items():
+    for name, (size, _) in manifest.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes of {size}"
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
     if hashes:
         with ThreadPoolExecutor(_THREADS) as pool:
-            found = _sums([folder / name for name in sealed], pool)
-        for name, (_, sums) in sealed.items():
-            if sums and found[folder / name] != sums:
-                return f"{name} is not what was written: its sha256 differs"
+            current = _hash_files([folder / name for name in manifest], pool)
+        for name, (_, written) in manifest.items():
+            if written and current[folder / name] != written:
+                return f"{name} changed since it was written: its sha256 differs"
     return None
 
 
 def manifest_size(folder: Path) -> int:
-    """Bytes of a sealed folder's files."""
-    return sum(size for size, _ in _manifest(folder).values())
+    """Return the bytes of all files in a complete checkpoint."""
+    return sum(size for size, _ in _read_manifest(folder).values())
 
 
 def flush_to_disk(path: Path) -> None:
-    """Have a file's content, or a folder's names, on disk: what a machine that loses power has afterwards."""
+    """Fsync a file's content, or a folder's entries, so that it survives a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -77,23 +97,23 @@ def flush_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def _manifest(folder: Path) -> dict[str, tuple[int, list[str]]]:
-    """name -> (size, hashes). Seals of earlier versions hold the size alone."""
-    sealed: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+def _read_manifest(folder: Path) -> dict[str, tuple[int, list[str]]]:
+    """Return name -> (size, hashes). Manifests of earlier versions hold the size only."""
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return {
         name: (entry, []) if isinstance(entry, int) else (entry["size"], entry["sha256"])
-        for name, entry in sealed.items()
+        for name, entry in manifest.items()
     }
 
 
-def _sums(paths: Iterable[Path], pool: ThreadPoolExecutor) -> dict[Path, list[str]]:
-    """path -> sha256 of each piece; of a file of one piece it is what sha256sum prints."""
+def _hash_files(paths: Iterable[Path], pool: ThreadPoolExecutor) -> dict[Path, list[str]]:
+    """Return path -> sha256 of each piece; for a file of one piece it equals the output of sha256sum."""
     pieces = {path: range(0, max(path.stat().st_size, 1), _PIECE) for path in paths}
-    under_way = {path: [pool.submit(_sum, path, start) for start in starts] for path, starts in pieces.items()}
-    return {path: [future.result() for future in futures] for path, futures in under_way.items()}
+    futures = {path: [pool.submit(_hash_piece, path, start) for start in starts] for path, starts in pieces.items()}
+    return {path: [future.result() for future in of_file] for path, of_file in futures.items()}
 
 
-def _sum(path: Path, start: int) -> str:
+def _hash_piece(path: Path, start: int) -> str:
     digest, left = hashlib.sha256(), _PIECE
     buffer = memoryview(bytearray(_READ))
     with path.open("rb", buffering=0) as file:

@@ -1,11 +1,12 @@
-"""501: Evaluate three checkpoints, require what must hold, write a report, and export the adapter that passes.
+"""501: Evaluate three checkpoints, check requirements, write a report, and export the adapter that passes.
 
     python examples/501_evaluate_and_export.py
 
-What a pipeline does after training, from the top of the repository. It compares the digits model of 101 with the two
-adapters of 202, and trains what is not there. Exit code 4: a requirement was missed, and nothing was exported.
+What a pipeline does after training; run it from the top of the repository. It compares the digits model of 101 with the
+two adapters of 202, and trains those that do not exist. Exit code 4: a requirement was missed, and nothing was
+exported.
 
-With the real 28B model two lines change: CHECKPOINTS names yours, and PLAN asks your own rows.
+With the real 28B model two lines change: CHECKPOINTS names yours, and CONFIG names your own rows.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from ernie_align.tiny import make_checkpoint, make_digits
 RUNS = Path("runs/examples")
 DIGITS = RUNS / "digits"
 CHECKPOINTS = [RUNS / "sft/final", RUNS / "parity/final", RUNS / "inverted/final"]
-PLAN = {
+CONFIG = {
     "data": [{"path": f"{DIGITS}/{name}.jsonl", "limit": 120} for name in ("test", "parity_test", "inverted_test")],
     "metrics": [{"name": "exact_match"}, {"name": "perplexity"}],
     "generation": {"max_new_tokens": 8},
 }
-# The adapter that is shipped: it reads inverted digits, and text is bit for bit what it was.
+# The adapter to ship: it reads inverted digits, and text output is bit-identical to its base.
 SHIPPED = CHECKPOINTS[2]
 REQUIRE = ["exact_match@inverted_test.jsonl>=0.5", "text_retention>=1"]
 
 
-def train_what_is_missing() -> None:
-    """The runs of 101 and 202, with the demo's recipes; a finished one stays as it is."""
+def train_missing_checkpoints() -> None:
+    """Run the recipes of 101 and 202; finished runs are left unchanged."""
     if not (RUNS / "tiny-vl").exists():
         make_checkpoint("vl_moe", RUNS / "tiny-vl")
     if not DIGITS.exists():
@@ -49,35 +50,33 @@ def train_what_is_missing() -> None:
 
 
 def main() -> int:
-    """Train, compare, judge, export. Returns the exit code."""
+    """Train, compare, check requirements, export; return the exit code."""
     quiet_libraries()
-    train_what_is_missing()
+    train_missing_checkpoints()
     out = RUNS / "comparison"
 
-    # every figure with its interval, differences from the first checkpoint, text kept, routing moved
-    compared = evaluate(CHECKPOINTS, plan=PLAN, out=out)
+    # figures with intervals, differences from the first checkpoint, drift of text and routing
+    compared = evaluate(CHECKPOINTS, config=CONFIG, out=out)
     for checkpoint in compared.results:
         for figure in checkpoint.figures:
             low, high = figure.interval
-            print(
-                f"{checkpoint.name:9} {figure.data:20} {figure.measure:12} {figure.value:.3f} [{low:.3f}, {high:.3f}]"
-            )
+            print(f"{checkpoint.name:9} {figure.data:20} {figure.metric:12} {figure.value:.3f} [{low:.3f}, {high:.3f}]")
     write_page([out], out / "report.html")
     print(f"written: {out / 'report.html'}")
 
-    # what must hold of the checkpoint that is shipped, beside the one it was made from
-    judged = evaluate([CHECKPOINTS[0], SHIPPED], plan={**PLAN, "require": REQUIRE})
-    for line in judged.report["requirements"]:
+    # requirements of the checkpoint to ship, compared with the one it was trained from
+    checked = evaluate([CHECKPOINTS[0], SHIPPED], config={**CONFIG, "require": REQUIRE})
+    for line in checked.report["requirements"]:
         print(
             f"{'met' if line['passed'] else 'MISSED'}: {line['requirement']} of {line['checkpoint']}: {line['value']}"
         )
-    if not judged.passed:
+    if not checked.passed:
         return 4
 
-    # adapter and base as one model in the hub's layout, proved against the adapter before its folder appears
+    # adapter and base merged in the layout of the hub, compared with the adapter before the folder is created
     folder = RUNS / "merged"
     if not folder.exists():
-        export(SHIPPED, to=folder, say=print)
+        export(SHIPPED, to=folder, log=print)
     return 0
 
 

@@ -21,10 +21,18 @@ def quiet() -> None:
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
     """family -> a tiny checkpoint. Its correction biases and routers are not zero, so that routing means something."""
+    import gc
+
+    import trl
+
     from ernie_align.tiny import make_checkpoint
 
     folder = tmp_path_factory.mktemp("checkpoints")
-    return {family: make_checkpoint(family, folder / family) for family in FAMILIES}
+    made = {family: make_checkpoint(family, folder / family) for family in FAMILIES}
+    assert trl.SFTTrainer and trl.DPOTrainer  # imported here, not by the first run
+    gc.collect()
+    gc.freeze()  # each training run collects garbage: without this, it looks through all libraries every time, 0.3 s
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +50,7 @@ def family(request) -> str:
 @pytest.fixture
 def renderers(checkpoints) -> dict[str, Any]:
     """family -> its renderer."""
-    from ernie_align.evaluation.generate import make_renderer
+    from ernie_align.data.render import make_renderer
     from ernie_align.models.checkpoint_files import CheckpointFiles
     from ernie_align.models.pixels import ImageSizes
     from ernie_align.models.routing import ModalityTokens

@@ -1,4 +1,4 @@
-"""The command line: one verb per stage, and check, plan, selfcheck, eval, report, generate, export, tiny, schema."""
+"""The command line: one command per stage, and recipes, check, plan, selfcheck, eval, report, export, ..."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import sys
 import typer
 
 from ernie_align.cli import evaluation, making, recipes
-from ernie_align.cli.training import train
+from ernie_align.cli.training import train_command
 from ernie_align.errors import AlignError, Interrupted, RecipeError, RunError
-from ernie_align.runs.launch import EXIT_STOPPED, report_exit_code
 from ernie_align.stages import STAGES
 
 app = typer.Typer(
@@ -18,12 +17,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_data = typer.Typer(help="Look at rows.", no_args_is_help=True)
-_data.command("doctor")(recipes.doctor)
-
-# In the order of --help, by panel.
-_TRAIN = {name: (train(stage), stage.help) for name, stage in STAGES.items()}
-_LOOK = {
+# name -> command, in the order of --help
+_INSPECT = {
     "check": recipes.check,
     "plan": recipes.plan,
     "selfcheck": recipes.selfcheck,
@@ -32,26 +27,28 @@ _LOOK = {
     "generate": evaluation.generate,
     "schema": recipes.schema,
 }
-_MAKE = {"export": making.export, "tiny": making.tiny}
+_CREATE = {"export": making.export, "tiny": making.tiny}
 
-for _name, (_verb, _help) in _TRAIN.items():
-    app.command(_name, help=_help, rich_help_panel="Train")(_verb)
-for _panel, _verbs in (("Look", _LOOK), ("Make", _MAKE)):
-    for _name, _verb in _verbs.items():
-        app.command(_name, rich_help_panel=_panel)(_verb)
-app.add_typer(_data, name="data", rich_help_panel="Look")
+for _name, _stage in STAGES.items():
+    app.command(_name, help=_stage.help, rich_help_panel="Train")(train_command(_stage))
+app.add_typer(recipes.shipped, name="recipes", rich_help_panel="Train")
+for _panel, _commands in (("Inspect", _INSPECT), ("Create", _CREATE)):
+    for _name, _command in _commands.items():
+        app.command(_name, rich_help_panel=_panel)(_command)
+app.add_typer(recipes.data, name="data", rich_help_panel="Inspect")
 
-# 4 is a missed requirement of eval, or a check that failed. 75 is sysexits' EX_TEMPFAIL, "try again": a bare 143 is
-# also what a process leaves that was killed and saved nothing.
-_EXIT_CODES = {Interrupted: EXIT_STOPPED, RecipeError: 2, RunError: 3, AlignError: 1}
+# 4 is a missed requirement of eval or a failed selfcheck, 5 unusable rows in data check. A stopped run exits with
+# EXIT_STOPPED, sysexits' "try again": 143 would not say whether a checkpoint was saved.
+_EXIT_CODES = {RecipeError: 2, RunError: 3, AlignError: 1}
 
 
 def main() -> None:
-    """Run the command line; an error a user can mend is told without a traceback."""
-    report_exit_code()
+    """Run the command line. Print errors that the user can fix without a traceback."""
     try:
         app()
     except AlignError as error:
         typer.echo(str(error), err=True)
-        code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
-        sys.exit(report_exit_code(code))
+        from ernie_align.runs.launch import EXIT_STOPPED, report_exit_code
+
+        codes = {Interrupted: EXIT_STOPPED, **_EXIT_CODES}
+        sys.exit(report_exit_code(next(code for kind, code in codes.items() if isinstance(error, kind))))

@@ -1,36 +1,42 @@
-"""Verbs that make a folder to use elsewhere: export, tiny."""
+"""Commands that create a new folder: export, tiny."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 
 def export(
-    source: Annotated[str, typer.Argument(help="A run, its final, one of its checkpoints, an adapter or a model.")],
-    to: Annotated[Path, typer.Option(help="A new folder, which appears once it is proved.")],
-    what: Annotated[str, typer.Option(help="merged: the whole model; adapter: the adapter alone.")] = "merged",
-    shard_size: Annotated[str, typer.Option(help="Of the weight files.")] = "5GB",
+    source: Annotated[
+        str, typer.Argument(help="A run, its final folder, one of its checkpoints, an adapter or a model.")
+    ],
+    to: Annotated[Path, typer.Option(help="New folder; it appears after the export has been verified.")],
+    what: Annotated[
+        Literal["merged", "adapter"], typer.Option(help="The whole model, or only the adapter.")
+    ] = "merged",
+    shard_size: Annotated[str, typer.Option(help="Maximum size of a weight file.")] = "5GB",
     accumulate: Annotated[
-        str, typer.Option(help="float32: the adapter is added in float32, rounded once; native: as PEFT does.")
+        Literal["float32", "native"],
+        typer.Option(help="float32: add the adapter in float32 and round once; native: merge as PEFT does."),
     ] = "float32",
-    dtype: Annotated[str, typer.Option(help="Of the merged weights; auto: the base's own.")] = "auto",
-    bound: Annotated[float | None, typer.Option(help="Refuse beyond this; float32: 1e-5, bfloat16: KL 0.01.")] = None,
-    push: Annotated[str | None, typer.Option(help="Then upload it to this hub repository, owner/name.")] = None,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"],
+        typer.Option(help="Dtype of the merged weights; auto: the base model's."),
+    ] = "auto",
+    bound: Annotated[
+        float | None,
+        typer.Option(help="Largest accepted difference of outputs; default: 1e-5 in float32, KL 0.01 in bfloat16."),
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="Afterwards upload the folder to this hub repository, owner/name.")
+    ] = None,
 ) -> None:
-    """Merge an adapter into its model, compare the two, and write a folder that serves."""
+    """Merge an adapter into its model, compare the outputs of both, and write a folder that inference engines load."""
     import ernie_align
     from ernie_align.report.console import Terminal, quiet_libraries
 
-    for option, value, known in (
-        ("--what", what, ("merged", "adapter")),
-        ("--accumulate", accumulate, ("float32", "native")),
-        ("--dtype", dtype, ("auto", "bfloat16", "float32")),
-    ):
-        if value not in known:
-            raise typer.BadParameter(f"choose from {', '.join(known)}", param_hint=option)
     quiet_libraries()
     ernie_align.export(
         source,
@@ -46,23 +52,23 @@ def export(
 
 
 def tiny(
-    kind: Annotated[str, typer.Argument(help="vl_moe, moe or dense: a checkpoint; digits: the handwritten digits.")],
-    folder: Annotated[Path, typer.Argument(help="A new folder.")],
-    preset: Annotated[str, typer.Option(help="tiny trains on a laptop; mini is for benchmarks.")] = "tiny",
-    seed: Annotated[int, typer.Option()] = 0,
+    kind: Annotated[
+        Literal["vl_moe", "moe", "dense", "digits"],
+        typer.Argument(help="Family of a checkpoint, or the handwritten-digits task."),
+    ],
+    folder: Annotated[Path, typer.Argument(help="New folder.")],
+    preset: Annotated[
+        Literal["tiny", "mini"], typer.Option(help="Size: tiny trains on a laptop, mini is for benchmarks.")
+    ] = "tiny",
+    seed: Annotated[int, typer.Option(help="Seed for weights and rows.")] = 0,
 ) -> None:
-    """Make a tiny real checkpoint with random weights, or the handwritten-digits task. Offline."""
+    """Create a tiny checkpoint of a real model class with random weights, or the handwritten-digits task. Offline."""
     from ernie_align.report.console import quiet_libraries
-    from ernie_align.tiny import PRESETS, make_checkpoint, make_digits
+    from ernie_align.tiny import make_checkpoint, make_digits
 
-    kinds = ("vl_moe", "moe", "dense", "digits")
-    if kind not in kinds:
-        raise typer.BadParameter(f"choose from {', '.join(kinds)}", param_hint="KIND")
-    if preset not in PRESETS:
-        raise typer.BadParameter(f"choose from {', '.join(PRESETS)}", param_hint="--preset")
     if kind == "digits":
         make_digits(folder, seed=seed)
     else:
         quiet_libraries()
         make_checkpoint(kind, folder, preset=preset, seed=seed)
-    typer.echo(f"made {folder}")
+    typer.echo(f"created {folder}")

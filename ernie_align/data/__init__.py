@@ -1,1 +1,1 @@
-"""Rows of the world -> canonical rows -> token ids with labels -> batches."""
+"""Data: rows of any format -> canonical rows -> token ids with labels -> batches."""

@@ -1,7 +1,7 @@
-"""Paths, bytes, base64 and URLs -> images, upright and in RGB; and their size without decoding them.
+"""Images: paths, bytes, base64 and URLs -> upright RGB images, and their size without decoding them.
 
-What a row names is foreign: a path may lead only into the folders of its Reach, and nothing but a file of one of the
-known image formats is opened.
+The values of rows are untrusted: a path may lead only into the folders of its MediaAccess, and only files of known
+image formats are opened.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ernie_align.data.row import RowFault
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_PIXELS = 178_956_970  # decoded as RGB 0.5 GB; PIL's own limit, which a program may switch off
-MAX_BYTES = 256 << 20  # of an image's file
-# PIL knows many more, among them one that runs Ghostscript
+MAX_PIXELS = 178_956_970  # 0.5 GB decoded as RGB; PIL's own limit, which a program may switch off
+MAX_BYTES = 256 << 20  # of an image file
+# PIL knows many more formats, among them one that runs Ghostscript
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _EXIF_ORIENTATION = 0x0112
 _EXIF_SIDEWAYS = (5, 6, 7, 8)
@@ -36,50 +36,47 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(?=//)|data:", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class MediaAccess:
-    """Where a row's images may come from.
+    """Locations that the images of rows may come from.
 
-    base: folder that relative paths begin at and that no path leaves, None: no path is read; folders: others that are
-    read too; urls: whether http(s) is, from any public address or from the hosts that are listed.
+    base: folder of relative paths, which no path may leave; None: no path is allowed; folders: other allowed folders;
+    urls: True allows http(s) URLs of any public address, a tuple allows the listed hosts.
     """
 
     base: Path | None = None
     folders: tuple[Path, ...] = ()
     urls: bool | tuple[str, ...] = False
 
-    def path(self, text: str) -> str:
-        """The path of a file inside. Raises RowFault where it leads outside, by `..`, by a link or by itself."""
+    def resolve(self, text: str) -> str:
+        """Return the path of a file in an allowed folder. Raises RowFault if `..` or a link leads outside."""
         if "\0" in text:
-            raise RowFault(f"{text[:80]!r}: no path holds a NUL", "name a file", kind="an image path with a NUL")
+            raise RowFault(f"{text[:80]!r}: a NUL in an image path", "name a file", kind="an image path with a NUL")
         if self.base is None:
             fix = "set data.media_root: a hub data set has no folder of its own"
-            raise RowFault(f"{text[:80]}: a path, and no folder for it", fix, kind="an image path without a folder")
+            raise RowFault(f"{text[:80]}: a path without a folder", fix, kind="an image path without a folder")
         path = str(self.base / text)
         try:
             real = os.path.realpath(path)
         except (OSError, ValueError):
-            raise RowFault(f"{text[:80]!r}: no path", "name a file", kind="an image path that is none") from None
-        if not any(real == folder or real.startswith(folder + os.sep) for folder in map(_real, self._all)):
+            raise RowFault(f"{text[:80]!r}: not a path", "name a file", kind="an image path that is invalid") from None
+        allowed = map(_real_folder, (self.base, *self.folders))
+        if not any(real == folder or real.startswith(folder + os.sep) for folder in allowed):
             what = f"{path[:200]} leads out of {self.base}"
             fix = "move the image into it, set data.media_root, or name its folder under data.media_folders"
             raise RowFault(what, fix, kind="an image outside of data.media_root")
         return path
 
-    @property
-    def _all(self) -> tuple[Path, ...]:
-        return (self.base, *self.folders)
-
 
 @functools.lru_cache(maxsize=256)
-def _real(folder: Path) -> str:
+def _real_folder(folder: Path) -> str:
     return os.path.realpath(folder).rstrip(os.sep)
 
 
 def image_reference(value: Any, root: Path | MediaAccess | None) -> dict[str, Any]:
-    """Whatever a row calls an image -> `{"path": ..., "bytes": ...}`, one of them set. No file is opened.
+    """Convert a row's image value to `{"path": ..., "bytes": ...}`, one of them set. Opens no file.
 
-    value: path (relative ones start at the root), bytes, base64 with or without a `data:` prefix, a PIL image, a URL,
-    or a mapping with `bytes`, `path` or `url`; root: what paths may lead to; None for a path that the user typed.
-    A URL is fetched if the root says so. Raises RowFault for anything else.
+    value: path, bytes, base64 with or without a `data:` prefix, a PIL image, a URL, or a mapping with `bytes`, `path`
+    or `url`; root: the allowed locations, None for a path that the user typed. A URL is fetched if the root allows it.
+    Raises RowFault for anything else.
     """
     for _ in range(2):  # {"image_url": {"url": ...}}
         if isinstance(value, dict):
@@ -87,7 +84,7 @@ def image_reference(value: Any, root: Path | MediaAccess | None) -> dict[str, An
     if isinstance(value, (bytes, bytearray)):
         return {"path": None, "bytes": bytes(value)}
     if isinstance(value, str):
-        return _reference_text(value, MediaAccess(root) if isinstance(root, Path) else root)
+        return _text_reference(value, MediaAccess(root) if isinstance(root, Path) else root)
     if hasattr(value, "save") and hasattr(value, "size"):
         stream = io.BytesIO()
         value.save(stream, format="PNG")
@@ -96,58 +93,58 @@ def image_reference(value: Any, root: Path | MediaAccess | None) -> dict[str, An
     raise RowFault(f"an image is {kind}", "give a path, bytes or base64")
 
 
-def _reference_text(text: str, reach: MediaAccess | None) -> dict[str, Any]:
+def _text_reference(text: str, access: MediaAccess | None) -> dict[str, Any]:
     scheme = _SCHEME.match(text)
     kind = scheme.group().lower() if scheme else ""
     if kind in ("http:", "https:"):
-        if reach is None or not reach.urls:
+        if access is None or not access.urls:
             what = f"{_without_secrets(text)}: images are not fetched from the network"
             raise RowFault(what, "download it and give its path, or set data.allow_urls", kind="a URL")
         from ernie_align.data.fetch import fetch
 
-        return {"path": None, "bytes": fetch(text, hosts=reach.urls)}
+        return {"path": None, "bytes": fetch(text, hosts=access.urls)}
     if kind not in ("", "file:", "data:"):
-        what = f"{_without_secrets(text)}: {kind}// is not read"
+        what = f"{_without_secrets(text)}: {kind}// is not supported"
         raise RowFault(what, "download it and give its path", kind="a URL of another kind")
     head, comma, body = text.partition(",")
     if kind == "data:":
         if not (head.endswith(";base64") and comma):
-            raise RowFault(
-                f"{head[:60]}: not base64", "write data:image/png;base64,...", kind="an image that is no base64"
-            )
-        return {"path": None, "bytes": _decoded(body, head)}
+            raise _not_base64(head, "write data:image/png;base64,...")
+        return {"path": None, "bytes": _decode_base64(body, head)}
     if len(text) >= _SHORTEST_BASE64 and not kind:
         try:
-            return {"path": None, "bytes": _decoded(text, "")}
+            return {"path": None, "bytes": _decode_base64(text, "")}
         except RowFault:
             pass  # a long path
     text = text[len("file://") :] if kind else text
     if not text:
         raise RowFault("an empty path for an image", "name a file, or drop the image")
-    return {"path": str(Path(text)) if reach is None else reach.path(text), "bytes": None}
+    return {"path": str(Path(text)) if access is None else access.resolve(text), "bytes": None}
 
 
-def _decoded(text: str, head: str) -> bytes:
+def _decode_base64(text: str, head: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise RowFault(
-            f"{head[:60]}: not base64", "encode the image again", kind="an image that is no base64"
-        ) from None
+        raise _not_base64(head, "encode the image again") from None
+
+
+def _not_base64(head: str, fix: str) -> RowFault:
+    return RowFault(f"{head[:60]}: not base64", fix, kind="an image that is not base64")
 
 
 def _without_secrets(url: str) -> str:
-    """Without user, password, query and fragment, where keys stand."""
+    """Remove user, password, query and fragment, which may contain keys."""
     plain = re.split(r"[?#]", url, maxsplit=1)[0]
     return re.sub(r"(?<=//)[^/@]*@", "", plain)[:200]
 
 
 def image_size(image: dict[str, Any]) -> tuple[int, int]:
-    """Height and width in pixels once upright, read from the header. Raises RowFault where there is no image."""
+    """Return height and width in pixels of the upright image, read from its header. Raises RowFault if unreadable."""
     with _open(image) as opened:
         width, height = opened.size
         try:
-            # PIL turns a TIFF by itself, and says its size once turned
+            # PIL rotates a TIFF itself and reports the rotated size
             sideways = opened.format != "TIFF" and opened.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDEWAYS
         except Exception as error:
             raise _broken(image, error) from None
@@ -155,25 +152,25 @@ def image_size(image: dict[str, Any]) -> tuple[int, int]:
 
 
 def load_image(image: dict[str, Any]) -> Image:
-    """The image, decoded, upright, RGB; of an animation the first frame. Raises RowFault where it is broken."""
+    """Decode an image: upright, RGB, the first frame of an animation. Raises RowFault if it is broken."""
     from PIL import ImageOps
 
     with _open(image) as opened:
         if opened.mode == "F":
-            what = f"{_name(image)}: pixels are fractions, and nothing says which is white"
-            raise RowFault(what, "save it with 8 or 16 bits a channel", kind="an image of fractions")
+            what = f"{_name(image)}: floating-point pixels without a known white level"
+            raise RowFault(what, "save it with 8 or 16 bits per channel", kind="an image of floating-point pixels")
         try:
             upright = ImageOps.exif_transpose(opened)
-            if upright.mode.startswith("I"):  # 16 and 32 bits a pixel: PIL would clip at 255 instead of scaling
+            if upright.mode.startswith("I"):  # 16 and 32 bits per pixel: PIL would clip at 255 instead of scaling
                 upright = upright.point(lambda value: value * (1 / 256)).convert("L")
             return upright.convert("RGB")
-        except Exception as error:  # decoders of foreign bytes raise whatever comes up: struct.error, EOFError, ...
+        except Exception as error:  # decoders raise many kinds for broken bytes: struct.error, EOFError, ...
             raise _broken(image, error) from None
 
 
 def read_image_bytes(image: dict[str, Any]) -> bytes:
-    """The bytes of its file. Raises RowFault where there is none."""
-    with _stream(image) as stream:
+    """Return the bytes of an image file. Raises RowFault if it cannot be read."""
+    with _open_stream(image) as stream:
         return stream.read()
 
 
@@ -182,57 +179,57 @@ def _open(image: dict[str, Any]) -> Iterator[Image]:
     from PIL import Image as images
     from PIL import UnidentifiedImageError
 
-    with _stream(image) as stream:
+    with _open_stream(image) as stream:
         try:
-            opened = images.open(stream, formats=_readable())
+            opened = images.open(stream, formats=_readable_formats())
             width, height = opened.size
         except UnidentifiedImageError:
             if not stream.seek(0, io.SEEK_END):
                 raise RowFault(f"{_name(image)}: an empty file", "restore or drop it", kind="an empty image") from None
-            fix = f"restore or drop it; {', '.join(FORMATS)} are read"
-            raise RowFault(f"{_name(image)}: no image", fix, kind="a file that is no image") from None
+            fix = f"restore or drop it; supported formats: {', '.join(FORMATS)}"
+            raise RowFault(f"{_name(image)}: not an image", fix, kind="a file that is not an image") from None
         except images.DecompressionBombError:
-            raise _huge(image) from None
-        except Exception as error:  # a header that lies
+            raise _too_many_pixels(image) from None
+        except Exception as error:  # a corrupt header
             raise _broken(image, error) from None
         if width * height > MAX_PIXELS:
-            raise _huge(image)
+            raise _too_many_pixels(image)
         with opened:
             yield opened
 
 
-def _stream(image: dict[str, Any]) -> BinaryIO:
-    """Bytes, or a regular file. Never waits: a pipe or a device is seen before it is read."""
+def _open_stream(image: dict[str, Any]) -> BinaryIO:
+    """Open the image's bytes or its regular file. Never blocks: a pipe or a device is detected before it is read."""
     if image["bytes"] is not None:
         return io.BytesIO(image["bytes"])
     try:
         descriptor = os.open(image["path"], os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
-        fix = "check the path; data.media_root says where paths begin"
+        fix = "check the path; relative paths start at data.media_root"
         raise RowFault(f"{_name(image)}: no such image", fix, kind="a missing image") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RowFault(f"{_name(image)}: {reason}", "restore or drop it", kind="an unreadable image") from None
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:
-        os.close(descriptor)
-        if stat.S_ISREG(found.st_mode):
-            what = f"{_name(image)}: {found.st_size:,} bytes are over {MAX_BYTES:,}"
-            raise RowFault(what, "save it smaller", kind="a huge image file")
-        what = f"{_name(image)}: {'a folder' if stat.S_ISDIR(found.st_mode) else 'a pipe or a device'}, no file"
-        raise RowFault(what, "name an image file", kind="an image that is no file")
-    return os.fdopen(descriptor, "rb")
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES:
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISREG(status.st_mode):
+        what = f"{_name(image)}: {status.st_size:,} bytes are over the limit of {MAX_BYTES:,}"
+        raise RowFault(what, "save it smaller", kind="a huge image file")
+    what = f"{_name(image)}: {'a folder' if stat.S_ISDIR(status.st_mode) else 'a pipe or a device'}, not a file"
+    raise RowFault(what, "name an image file", kind="an image that is not a file")
 
 
 @functools.cache
-def _readable() -> tuple[str, ...]:
+def _readable_formats() -> tuple[str, ...]:
     from PIL import Image as images
 
     images.init()
     return tuple(name for name in FORMATS if name in images.OPEN)
 
 
-def _huge(image: dict[str, Any]) -> RowFault:
+def _too_many_pixels(image: dict[str, Any]) -> RowFault:
     what = f"{_name(image)}: over {MAX_PIXELS:,} pixels"
     return RowFault(what, "save it smaller", kind="an image of too many pixels")
 

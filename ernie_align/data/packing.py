@@ -1,7 +1,6 @@
-"""Rows -> packs of rows that fill a sequence, by best-fit decreasing; and what that saves.
+"""Packing: rows -> packs that fill a sequence, by best-fit decreasing; and the padding that this saves.
 
-A pack is a list of rows, never a cut one: images and labels stay with their tokens, and where one row ends and the next
-begins is known to the collator.
+A pack is a list of whole rows: images and labels stay with their tokens, and the collator knows the row boundaries.
 """
 
 from __future__ import annotations
@@ -15,21 +14,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-WINDOW = 1000  # rows of a stream that are packed among each other
+WINDOW = 1000  # rows of a stream that are packed together
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int, *, seed: int) -> list[list[int]]:
-    """Lengths of rows, none over `capacity` -> packs of their numbers, each at most `capacity` long in sum.
+    """Return packs of row numbers, each with a total length of at most `capacity`. No row may be longer than that.
 
-    The longest row first, each into the pack that it leaves the least room in. Rows of one length are taken in an order
-    drawn by `seed`, so that sources which stand one after the other share packs.
+    The longest row comes first, each into the pack in which it leaves the least room. Rows of equal length are ordered
+    at random by `seed`, so that consecutive sources share packs.
     """
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)
     order.sort(key=lambda number: -lengths[number])
     packs: list[list[int]] = []
-    by_room: dict[int, list[list[int]]] = {}  # room -> packs that have it
-    rooms: list[int] = []  # those rooms, in order
+    by_room: dict[int, list[list[int]]] = {}  # room -> packs with that room left
+    rooms: list[int] = []  # the keys of by_room, sorted
     for number in order:
         length = lengths[number]
         place = bisect_left(rooms, length)
@@ -51,7 +50,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int, *, seed: int) -> 
 
 
 def pack(rows: Dataset, capacity: int, *, seed: int) -> Dataset:
-    """Encoded rows -> one example a pack: `members`, the numbers of its rows, and their `length` in sum."""
+    """Pack encoded rows to one example per pack: `members`, the numbers of its rows, and their total `length`."""
     from datasets import Dataset, Features, Value
     from datasets.features import List
 
@@ -63,15 +62,17 @@ def pack(rows: Dataset, capacity: int, *, seed: int) -> Dataset:
 
 
 def pack_stream(rows: IterableDataset, capacity: int, *, seed: int) -> IterableDataset:
-    """A stream of encoded rows -> a stream of packs, each holding its `documents`. Packed are WINDOW rows at a time, in
-    an order drawn by `seed`."""
+    """Pack a stream of encoded rows to a stream of packs with their `documents`.
+
+    WINDOW rows are packed at a time; the packs of a window are shuffled by `seed`.
+    """
     from datasets import IterableDataset
 
     def packs() -> Iterator[dict[str, Any]]:
-        stream, draw = iter(rows), random.Random(seed)
+        stream, generator = iter(rows), random.Random(seed)
         while window := list(islice(stream, WINDOW)):
             packed = best_fit_decreasing([row["length"] for row in window], capacity, seed=seed)
-            draw.shuffle(packed)
+            generator.shuffle(packed)
             for members in packed:
                 yield {"documents": [window[number] for number in members]}
 
@@ -79,8 +80,8 @@ def pack_stream(rows: IterableDataset, capacity: int, *, seed: int) -> IterableD
 
 
 def padding_fraction(lengths: Sequence[int], rows: int, *, seed: int) -> float:
-    """The share of padding in batches of so many rows, drawn at random by `seed`."""
-    drawn = list(lengths)
-    random.Random(seed).shuffle(drawn)
-    batches = [drawn[start : start + rows] for start in range(0, len(drawn), rows)]
-    return 1 - sum(drawn) / sum(len(batch) * max(batch) for batch in batches)
+    """Return the fraction of padding in batches of this many rows, shuffled by `seed`."""
+    shuffled = list(lengths)
+    random.Random(seed).shuffle(shuffled)
+    batches = [shuffled[start : start + rows] for start in range(0, len(shuffled), rows)]
+    return 1 - sum(shuffled) / sum(len(batch) * max(batch) for batch in batches)

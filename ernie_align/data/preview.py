@@ -1,4 +1,4 @@
-"""One example as the model will see it: token by token, trained or not, and which pool of experts it goes to."""
+"""Preview of one example as the model sees it: each token, whether it is trained, and its expert pool."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from typing import Any
 
 from ernie_align.data.render import IGNORE_INDEX, Renderer
 
-_SIDES = ("chosen", "rejected")
-
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """Neighbouring tokens of one kind. repeat: times a placeholder stands here."""
+    """One token, or a run of the same image placeholder. repeat: length of that run."""
 
     text: str
     trained: bool
@@ -23,45 +21,48 @@ class TokenSpan:
 
     @property
     def pool(self) -> str:
-        """Which experts these tokens go to, in a model with two pools."""
+        """The expert pool of these tokens, in a model that has two."""
         return "vision" if self.vision else "text"
 
 
 def preview_example(example: dict[str, Any], renderer: Renderer) -> dict[str, list[TokenSpan]]:
-    """What the example consists of: `example`, or `prompt`, `chosen` and `rejected`."""
+    """Return the spans of `example`; of a preference, of its `prompt` and of each response."""
     if "labels" in example:
         trained = [label != IGNORE_INDEX for label in example["labels"]]
-        return {"example": _stretches(example["input_ids"], trained, renderer)}
-    sides = {side: _stretches(example[f"{side}_ids"], example[f"{side}_mask"], renderer) for side in _SIDES}
+        return {"example": _token_spans(example["input_ids"], trained, renderer)}
     prompt = example["prompt_ids"]
-    return {"prompt": _stretches(prompt, [0] * len(prompt), renderer), **sides}
+    parts = {"prompt": _token_spans(prompt, [0] * len(prompt), renderer)}
+    for name in ("chosen", "rejected", "completion"):
+        if f"{name}_ids" in example:
+            title = f"{name}, label: {str(example['label']).lower()}" if "label" in example else name
+            parts[title] = _token_spans(example[f"{name}_ids"], example[f"{name}_mask"], renderer)
+    return parts
 
 
-def _stretches(ids: list[int], trained: Sequence[int], renderer: Renderer) -> list[TokenSpan]:
-    """One stretch per token; a run of placeholders is one stretch."""
+def _token_spans(ids: list[int], trained: Sequence[int], renderer: Renderer) -> list[TokenSpan]:
+    """Return one span per token; a run of image placeholders is one span."""
     tokenizer, vision_ids = renderer.tokenizer, renderer.vision.ids if renderer.vision else frozenset()
-    pairs = zip(ids, map(bool, trained), strict=True)
-    stretches = []
-    for (token, is_trained), run in groupby(pairs):
+    spans = []
+    for (token, is_trained), run in groupby(zip(ids, map(bool, trained), strict=True)):
         count = len(list(run))
         text = tokenizer.convert_ids_to_tokens(int(token)).replace("▁", " ")
         if token in vision_ids:
-            stretches.append(TokenSpan(text, is_trained, True, count))
+            spans.append(TokenSpan(text, is_trained, True, count))
         else:
-            stretches += [TokenSpan(text, is_trained, False)] * count
-    return stretches
+            spans += [TokenSpan(text, is_trained, False)] * count
+    return spans
 
 
 def format_preview(parts: dict[str, list[TokenSpan]]) -> str:
-    """Tables of plain text: token, trained or not, pool."""
-    return "\n".join(f"{name}\n{_table(stretches)}" for name, stretches in parts.items())
+    """Format the spans as plain-text tables: token, trained or not, pool."""
+    return "\n".join(f"{name}\n{_format_table(spans)}" for name, spans in parts.items())
 
 
-def _table(stretches: list[TokenSpan]) -> str:
-    names = [repr(stretch.text)[1:-1] + (f" x{stretch.repeat}" if stretch.repeat > 1 else "") for stretch in stretches]
+def _format_table(spans: list[TokenSpan]) -> str:
+    names = [repr(span.text)[1:-1] + (f" x{span.repeat}" if span.repeat > 1 else "") for span in spans]
     width = max(map(len, names), default=0)
     lines = [
-        f"{name:{width}}  {'trained' if stretch.trained else '-':7}  {stretch.pool}"
-        for name, stretch in zip(names, stretches, strict=True)
+        f"{name:{width}}  {'trained' if span.trained else '-':7}  {span.pool}"
+        for name, span in zip(names, spans, strict=True)
     ]
     return "\n".join([f"{'token':{width}}  trained  pool", *lines]) + "\n"

@@ -1,18 +1,23 @@
-"""The canonical row: one conversation with its images, in one spelling whatever format it came in."""
+"""The canonical row, which every input format is converted to; and type checks of row values."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+_T = TypeVar("_T")
 Message = dict[str, Any]
+
+MAX_MESSAGES = 1000  # per row: each answer is rendered after all messages before it
+MAX_TEXT = 1 << 24  # characters of text per row; about 30 s of tokenizing
 
 
 class RowFault(ValueError):
-    """A row cannot be used as it is. Who reads the source adds file and row.
+    """A row cannot be used. The reader of the source adds file and row.
 
-    what: the fault; fix: the next move; kind: what such faults are counted as, where `what` names a value of the row.
+    what: the fault; fix: the next move; kind: the name that such faults are counted under, where `what` contains a
+    value of the row.
     """
 
     def __init__(self, what: str, fix: str = "", *, kind: str = ""):
@@ -21,7 +26,7 @@ class RowFault(ValueError):
 
 
 class RowDropped(ValueError):
-    """A sound row that the recipe does not want (too long). reason: how it is counted."""
+    """A valid row that the recipe excludes (too long). reason: the name that it is counted under."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -30,10 +35,10 @@ class RowDropped(ValueError):
 
 @dataclass
 class Response:
-    """One of several ways a conversation may go on, and how good it is: higher is better.
+    """One of several continuations of a conversation, with its rank: higher is better.
 
-    messages: from the assistant's first turn on; text: instead of them in a row without turns; fault: what is wrong
-    with this side alone.
+    messages: from the assistant's first turn on; text: replaces them in a row of plain text; fault: what is wrong with
+    this response alone.
     """
 
     rank: float
@@ -47,17 +52,19 @@ class Row:
     """One row.
 
     messages: OpenAI style; `content` is text or a list of `{"type": "text", "text": ...}` and `{"type": "image"}`;
-        an assistant message may carry `reasoning_content`, `tool_calls` and `label` (0: this turn is not trained).
+        an assistant message may have `reasoning_content`, `tool_calls` and `label` (0: this turn is not trained).
     images: one reference `{"path": ..., "bytes": ...}` for each image part, in their order.
-    plain: (prompt, completion) of a row without turns; messages is then empty and no chat template is used.
-    endings: of a preference row, whose messages are then the prompt alone.
+    plain: (prompt, completion) of a row of plain text; messages is then empty and no chat template is used.
+    prompt_length: messages of the prompt in a prompt/completion row; None in other rows.
+    responses: of a preference row, whose messages are then the prompt alone.
     thinking: enable_thinking of the chat template for this row; None leaves it to the recipe.
-    columns: everything else the row held, such as `kind` and `answer`.
+    columns: all other columns of the row, such as `kind`, `answer`, and the `label` of an unpaired preference.
     """
 
     messages: list[Message] = field(default_factory=list)
     images: list[dict[str, Any]] = field(default_factory=list)
     plain: tuple[str, str] | None = None
+    prompt_length: int | None = None
     responses: list[Response] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
     thinking: bool | None = None
@@ -65,17 +72,16 @@ class Row:
 
     @property
     def trained_turns(self) -> list[int]:
-        """Positions of the assistant messages that are trained."""
-        return [number for number, message in enumerate(self.messages) if is_trained(message)]
-
-
-def is_trained(message: Message) -> bool:
-    """An assistant turn, unless its label says 0."""
-    return message["role"] == "assistant" and message.get("label", 1) != 0
+        """Positions of the trained messages: assistant turns without label 0."""
+        return [
+            number
+            for number, message in enumerate(self.messages)
+            if message["role"] == "assistant" and message.get("label", 1) != 0
+        ]
 
 
 def count_images(messages: list[Message]) -> int:
-    """Number of image parts."""
+    """Count the image parts."""
     return sum(
         part.get("type") == "image"
         for message in messages
@@ -84,42 +90,21 @@ def count_images(messages: list[Message]) -> int:
     )
 
 
-MAX_MESSAGES = 1000  # of a row: each answer is rendered behind all that was said before it
-MAX_TEXT = 1 << 24  # characters of a row's text; about 30 s of tokenizing
-
-
-def text(value: Any, name: str) -> str:
-    """Raises RowFault for anything else."""
-    if not isinstance(value, str):
-        raise _no(name, value, "text")
+def expect(value: Any, kind: type[_T], name: str) -> _T:
+    """Return the value. Raises RowFault if it is not of that kind: str, list or Mapping."""
+    if not isinstance(value, kind):
+        names = {str: "text", list: "a list", Mapping: "an object", dict: "an object", bool: "true or false"}
+        number = "a number" if isinstance(value, int | float) else type(value).__name__
+        actual = "null" if value is None else names.get(type(value), number)
+        raise RowFault(f"{name} is {actual}; expected {names[kind]}", "fix or drop the row")
     return value
 
 
-def texts(value: Any, name: str) -> list[str]:
-    """Several, or one."""
-    return [text(one, name) for one in ([value] if isinstance(value, str) else a_list(value, name))]
+def expect_texts(value: Any, name: str) -> list[str]:
+    """Return a list of strings, or one string as a list. Raises RowFault for anything else."""
+    return [expect(one, str, name) for one in ([value] if isinstance(value, str) else expect(value, list, name))]
 
 
-def a_list(value: Any, name: str) -> list[Any]:
-    """Raises RowFault for anything else."""
-    if not isinstance(value, list):
-        raise _no(name, value, "a list")
-    return value
-
-
-def an_object(value: Any, name: str) -> Mapping[str, Any]:
-    """Raises RowFault for anything else."""
-    if not isinstance(value, Mapping):
-        raise _no(name, value, "an object")
-    return value
-
-
-def objects(value: Any, name: str) -> list[Mapping[str, Any]]:
-    """A list of them."""
-    return [an_object(one, name) for one in a_list(value, name)]
-
-
-def _no(name: str, value: Any, wanted: str) -> RowFault:
-    kind = {str: "text", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
-    found = kind.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
-    return RowFault(f"{name} is {found} where {wanted} is wanted", "mend or drop the row")
+def expect_objects(value: Any, name: str) -> list[Mapping[str, Any]]:
+    """Return the value. Raises RowFault if it is not a list of objects."""
+    return [expect(one, Mapping, name) for one in expect(value, list, name)]

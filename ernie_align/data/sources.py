@@ -1,4 +1,4 @@
-"""One source of rows: files or a hub data set, read through `datasets`, with its format and a name for each row."""
+"""One source of rows: files or a hub data set, with its format and a name for each row."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 _JSON = (".json", ".jsonl")
 _LOADERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 _SUFFIXES = (*_JSON, *_LOADERS)
-_LOOKED_AT = 20  # rows, for the format
+_DETECTION_ROWS = 20  # rows to look at for the format
 
 
 class Source:
-    """One source of the recipe: its rows, its format, and names for both.
+    """One source of the recipe: its rows, its format, and a name for each row.
 
-    rows: as they stand (of JSON: their places; read() reads one); streaming: rows are read as they are asked for;
-    sample: only so many rows, the first ones, are wanted.
+    rows: raw rows (for JSON the places of the rows, which read() reads); streaming: read rows on demand;
+    sample: read only this many rows, the first ones.
     """
 
     def __init__(self, block: SourceBlock, data: DataBlock, *, streaming: bool = False, sample: int | None = None):
@@ -38,47 +38,47 @@ class Source:
         if sample is not None:
             block = block.model_copy(update={"limit": min(sample, block.limit or sample)})
         where = block.where("path" if block.path else "dataset")
-        self.files = _files(block, where) if block.path is not None else []
+        self.files = _find_files(block, where) if block.path is not None else []
         self.is_json = bool(self.files) and self.files[0].endswith(_JSON)
         if self.is_json:
-            self.rows: Any = _places(self.files, block.limit, streaming=streaming, sample=sample is not None)
+            self.rows: Any = _find_json_rows(self.files, block.limit, streaming=streaming, sample=sample is not None)
         else:
-            self.rows = _open(block, self.files, where, streaming)
+            self.rows = _load_table(block, self.files, where, streaming)
         folder = Path(block.path).parent if block.path else None
-        if folder is not None and glob.has_magic(str(folder)):  # of several folders: what they all stand in
+        if folder is not None and glob.has_magic(str(folder)):  # several folders: start at their common parent
             folder = Path(*list(folder.parts)[: next(n for n, part in enumerate(folder.parts) if glob.has_magic(part))])
         root = Path(data.media_root) if data.media_root is not None else folder
         hosts = tuple(data.allow_urls) if isinstance(data.allow_urls, list) else data.allow_urls
-        self.reach = MediaAccess(root, tuple(map(Path, data.media_folders)), hosts)
-        self.format = block.format or (data.format if data.format != "auto" else self._detect())
+        self.media_access = MediaAccess(root, tuple(map(Path, data.media_folders)), hosts)
+        self.format = block.format or (data.format if data.format != "auto" else self._detect_format())
 
-    def _detect(self) -> str:
-        """By the first row that can be read: a broken one is told where all rows are judged."""
+    def _detect_format(self) -> str:
+        """Return the format of the first readable row; broken rows are reported when all rows are validated."""
         fault = None
-        for number, raw in enumerate(islice(iter(self.rows), _LOOKED_AT)):
+        for number, raw in enumerate(islice(iter(self.rows), _DETECTION_ROWS)):
             try:
                 return detect_format({key: value for key, value in self.read(raw).items() if value is not None})
-            except RowFault as found:
-                fault = fault or (number, raw, found)
+            except RowFault as error:
+                fault = fault or (number, raw, error)
         if fault is None:
             raise DataError.at(self.block.where("path"), f"{self.name} is empty", fix="name a source with rows")
-        number, raw, found = fault
-        raise DataError.at(self.row_name(number, raw), found.what, fix=found.fix) from None
+        number, raw, error = fault
+        raise DataError.at(self.row_name(number, raw), error.what, fix=error.fix) from None
 
     def read(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """The values of a row as it stands in `rows`. Raises RowFault where it is broken."""
+        """Return the values of a raw row. Raises RowFault if it is broken."""
         if not self.is_json:
             return raw
         place = json_rows.Place(*(raw[name] for name in json_rows.Place._fields))
-        return json_rows.read(self.files[place.file], place)
+        return json_rows.read_row(self.files[place.file], place)
 
     def row(self, values: dict[str, Any]) -> Row:
-        """The canonical form of a row that was read. Raises RowFault."""
+        """Return the canonical row of the values. Raises RowFault."""
         present = {key: value for key, value in values.items() if value is not None}
-        return canonicalize(present, self.format, self.reach)
+        return canonicalize(present, self.format, self.media_access)
 
     def row_name(self, number: int, raw: dict[str, Any] | None = None) -> str:
-        """Where a row stands: `file:line` for JSON, `file row N` (from 0) elsewhere. raw: the row, if at hand."""
+        """Return `file:line` of a JSON row, otherwise `file row N` (from 0). raw: the raw row, to avoid a look-up."""
         if not self.is_json:
             return f"{self.name} row {number}"
         if raw is None:
@@ -88,7 +88,7 @@ class Source:
 
 
 def iter_rows(source: Source) -> Iterator[Row]:
-    """Every row of a source, in order. Raises DataError at the first that is not sound."""
+    """Yield every row of a source, in order. Raises DataError at the first faulty one."""
     for number, raw in enumerate(source.rows):
         try:
             yield source.row(source.read(raw))
@@ -96,30 +96,30 @@ def iter_rows(source: Source) -> Iterator[Row]:
             raise DataError.at(source.row_name(number, raw), fault.what, fix=fault.fix) from None
 
 
-class _Stream:
-    """Places that are found anew by whoever reads them: nothing is kept."""
+class _JsonStream:
+    """Places of JSON rows, found again by each iteration: none is kept."""
 
     def __init__(self, files: list[str], limit: int | None):
         self.files, self.limit = files, limit
 
     def __iter__(self) -> Iterator[dict[str, int]]:
-        return (place._asdict() for place in islice(json_rows.places(self.files), self.limit))
+        return (place._asdict() for place in islice(json_rows.find_rows(self.files), self.limit))
 
 
-def _places(files: list[str], limit: int | None, *, streaming: bool, sample: bool) -> Any:
-    """A data set of places; of a sample a list, because `datasets` takes a second to import."""
+def _find_json_rows(files: list[str], limit: int | None, *, streaming: bool, sample: bool) -> Any:
+    """Return a data set of places; for a sample a list, because importing `datasets` takes a second."""
     if streaming:
-        return _Stream(files, limit)
+        return _JsonStream(files, limit)
     if sample:
-        return list(_Stream(files, limit))
+        return list(_JsonStream(files, limit))
     import numpy as np
     from datasets import Dataset
 
-    found = json_rows.columns(islice(json_rows.places(files), limit))
-    return Dataset.from_dict({name: np.frombuffer(column, dtype="int64") for name, column in found.items()})
+    columns = json_rows.as_columns(islice(json_rows.find_rows(files), limit))
+    return Dataset.from_dict({name: np.frombuffer(column, dtype="int64") for name, column in columns.items()})
 
 
-def _open(block: SourceBlock, files: list[str], where: str, streaming: bool) -> Dataset | IterableDataset:
+def _load_table(block: SourceBlock, files: list[str], where: str, streaming: bool) -> Dataset | IterableDataset:
     from datasets import Image, load_dataset
     from datasets.features import List
 
@@ -134,7 +134,7 @@ def _open(block: SourceBlock, files: list[str], where: str, streaming: bool) -> 
     except Exception as error:  # `datasets` raises many kinds for an unreadable file
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         raise DataError.at(where, f"{block.name} cannot be read: {reason}") from error
-    for name, feature in (rows.features or {}).items():  # images stay bytes until a batch needs them
+    for name, feature in (rows.features or {}).items():  # keep images as bytes until a batch needs them
         if isinstance(feature, Image):
             rows = rows.cast_column(name, Image(decode=False))
         elif isinstance(getattr(feature, "feature", None), Image):
@@ -144,7 +144,7 @@ def _open(block: SourceBlock, files: list[str], where: str, streaming: bool) -> 
     return rows
 
 
-def _files(block: SourceBlock, where: str) -> list[str]:
+def _find_files(block: SourceBlock, where: str) -> list[str]:
     files = sorted(glob.glob(block.path)) if glob.has_magic(block.path) else [block.path]
     missing = [file for file in files if not Path(file).is_file()]
     if missing or not files:

@@ -1,20 +1,20 @@
-"""What a checkpoint can do: answers to rows it has not seen, figures with their intervals, and what has changed."""
+"""Evaluate checkpoints: responses to held-out rows, metrics with confidence intervals, and changes from a baseline."""
 
 from ernie_align.evaluation.evaluate import Evaluation, evaluate, load_eval_config, make_eval_config
-from ernie_align.evaluation.generate import Sampling, answer
+from ernie_align.evaluation.generate import Sampling, generate_answer
 from ernie_align.evaluation.routing import RoutedToken, RoutingSnapshot, describe, route, routed_tokens
-from ernie_align.evaluation.runner import Figure, Result
+from ernie_align.evaluation.runner import CheckpointResult, Figure
 
 __all__ = [
+    "CheckpointResult",
     "Evaluation",
     "Figure",
-    "Result",
     "RoutedToken",
     "RoutingSnapshot",
     "Sampling",
-    "answer",
     "describe",
     "evaluate",
+    "generate_answer",
     "load_eval_config",
     "make_eval_config",
     "route",

@@ -1,4 +1,4 @@
-"""A conversation with a checkpoint: its history, images that wait for the next message, and the loop around both."""
+"""An interactive conversation with a checkpoint: its history, attached images and the input loop."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ from typing import Any, TextIO
 
 from ernie_align.data import media
 from ernie_align.data.formats import canonicalize
+from ernie_align.data.render import renderer_of
 from ernie_align.data.row import RowFault
 from ernie_align.errors import AlignError, DataError
-from ernie_align.evaluation.generate import Sampling, answer, renderer_of
+from ernie_align.evaluation.generate import Sampling, generate_answer
 from ernie_align.models.load import Bundle
 from ernie_align.rewards.completion import parse_completion
 
 COMMANDS = {
-    "/image": "PATH  shown with the next message; may be given several times",
-    "/thinking": "on or off  whether the model reasons before it answers",
-    "/reset": "      forget everything that was said",
-    "/help": "       these lines",
-    "/quit": "       leave; so does the end of the input",
+    "/image": "PATH  attach an image to the next message; repeat for several",
+    "/thinking": "on or off  turn reasoning before the answer on or off",
+    "/reset": "      clear the conversation",
+    "/help": "       list the commands",
+    "/quit": "       quit (also at the end of the input)",
 }
 
 
 class Chat:
-    """What was said so far. system: the system prompt; thinking: enable_thinking of the template."""
+    """A conversation: messages, the images in them, and pending images for the next message.
+
+    system: the system prompt; thinking: enable_thinking of the chat template.
+    """
 
     def __init__(self, bundle: Bundle, *, system: str | None = None, sampling: Sampling, thinking: bool = False):
         self.bundle = bundle
@@ -35,49 +39,56 @@ class Chat:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything that was said, and the images that wait."""
+        """Clear the conversation and the pending images; keep the system prompt."""
         self.messages: list[dict[str, Any]] = list(self._system)
         self.images: list[str] = []
-        self.waiting: list[str] = []
+        self.pending: list[str] = []
 
     def attach(self, path: str | Path) -> None:
-        """Show an image with the next message. Raises DataError where there is none, or the model has no vision."""
+        """Attach an image to the next message.
+
+        Raises DataError if the file is not a readable image, or if the model has no vision.
+        """
         if self.bundle.modality is None:
             fix = "use a vl_moe model, or drop the image"
-            raise DataError.at(str(path), "an image for a model without vision", fix=fix)
+            raise DataError.at(str(path), "this model has no vision and cannot use an image", fix=fix)
         try:
             media.image_size(media.image_reference(str(path), None))
         except RowFault as fault:
             raise DataError.at(str(path), fault.what, fix="name an image file") from None
-        self.waiting.append(str(path))
+        self.pending.append(str(path))
 
     def ask(self, text: str, *, write: Callable[[str], None] | None = None) -> str:
-        """The model's answer to everything said so far and this; both are then history, the reasoning apart.
+        """Send a message and return the answer; both join the history, the answer with separate reasoning.
 
-        write: is given the answer piece by piece. Raises DataError for what cannot be asked; nothing is then kept.
+        write: called with each piece of the answer as it is generated. Raises DataError if the message cannot be
+        rendered; the history is then unchanged.
         """
-        parts = [*({"type": "image"} for _ in self.waiting), {"type": "text", "text": text}]
+        parts = [*({"type": "image"} for _ in self.pending), {"type": "text", "text": text}]
         messages = [*self.messages, {"role": "user", "content": parts}]
-        images = [*self.images, *self.waiting]
+        images = [*self.images, *self.pending]
         try:
             row = canonicalize({"messages": messages, "images": images}, "messages")
-            said = answer(self.bundle, row, sampling=self.sampling, thinking=self.thinking, write=write)
+            answer = generate_answer(self.bundle, row, sampling=self.sampling, thinking=self.thinking, write=write)
             opened = renderer_of(self.bundle, thinking=self.thinking).opens_thinking(row)
         except RowFault as fault:
             raise DataError.at("this message", fault.what, fix=fault.fix) from None
-        reply = parse_completion(said, opened=opened)
-        reply["content"] = reply["content"] or "..."  # an answer that was not reached still was a turn
-        self.messages, self.images, self.waiting = [*messages, reply], images, []
-        return said
+        reply = parse_completion(answer, opened=opened)
+        reply["content"] = reply["content"] or "..."  # reasoning used up all tokens: the turn still needs content
+        self.messages, self.images, self.pending = [*messages, reply], images, []
+        return answer
 
     def loop(self, lines: TextIO | None = None, out: TextIO | None = None) -> None:
-        """Read messages and commands until /quit or the end. Answers stream; an error is told, and the talk goes on."""
+        """Read messages and commands until /quit or the end of input, and stream answers.
+
+        An error is printed and does not end the conversation.
+        """
         out = out or sys.stdout
 
-        def log(text: str, end: str = "\n") -> None:
+        def write(text: str, end: str = "") -> None:
             print(text, end=end, file=out, flush=True)
 
-        while (line := _read(lines)) is not None:
+        while (line := _read_line(lines)) is not None:
             line = line.strip()
             if line == "/quit":
                 return
@@ -85,30 +96,30 @@ class Chat:
                 continue
             try:
                 if line.startswith("/"):
-                    log(self._command(*line.split(maxsplit=1)))
+                    write(self._command(*line.split(maxsplit=1)), "\n")
                 else:
-                    self.ask(line, write=lambda text: log(text, end=""))
-                    log("")
+                    self.ask(line, write=write)
+                    write("", "\n")
             except AlignError as error:
-                log(str(error))
+                write(str(error), "\n")
 
     def _command(self, name: str, argument: str = "") -> str:
         argument = argument.strip().strip("'\"")
         if name == "/image" and argument:
             self.attach(Path(argument).expanduser())
-            return f"{len(self.waiting)} waiting for the next message"
+            return f"images attached to the next message: {len(self.pending)}"
         if name == "/thinking" and argument in ("on", "off"):
             self.thinking = argument == "on"
             return f"thinking is {argument}"
         if name == "/reset":
             self.reset()
-            return "forgotten"
-        known = "\n".join(f"  {command} {what}" for command, what in COMMANDS.items())
-        return known if name == "/help" else f"{' '.join((name, argument)).strip()}: not understood\n{known}"
+            return "conversation cleared"
+        known = "\n".join(f"  {command} {description}" for command, description in COMMANDS.items())
+        return known if name == "/help" else f"unknown command: {' '.join((name, argument)).strip()}\n{known}"
 
 
-def _read(lines: TextIO | None) -> str | None:
-    """The next line, or None at the end. On a terminal `input` edits it, with readline if that is loaded."""
+def _read_line(lines: TextIO | None) -> str | None:
+    """Return the next line, or None at the end. On a terminal, `input` supports line editing through readline."""
     if lines is None and sys.stdin.isatty():
         import readline  # noqa: F401
 

@@ -1,152 +1,129 @@
-"""Several checkpoints on the same rows: differences with intervals, wins and losses, and the rows that changed most."""
+"""Compare each checkpoint with its baseline, row by row: differences with intervals, and the rows that changed most."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from ernie_align.evaluation.intervals import paired_difference, ratio
+from ernie_align.evaluation.intervals import Part, paired_difference, ratio
 from ernie_align.evaluation.metrics import Metric
 from ernie_align.evaluation.questions import Question
-from ernie_align.evaluation.runner import Result
+from ernie_align.evaluation.runner import CheckpointResult, Groups
 
-SHOWN_CHANGES = 6  # rows that got better, and as many that got worse
+SHOWN_CHANGES = 6  # of the rows that got better, and of those that got worse
 SHOWN_SAMPLES = 12  # rows of each data set
 
+Pairs = Sequence[tuple[CheckpointResult, CheckpointResult]]  # (checkpoint, its baseline)
 
-@dataclass(frozen=True)
-class Difference:
-    """A checkpoint's figure minus the first one's, over the n rows that both were measured on.
 
-    interval: 95 %, over paired draws of rows; wins, losses, ties: rows on which it did better, worse, or the same.
+def compute_differences(pairs: Pairs, groups: Groups, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+    """Return each checkpoint's metric minus its baseline's: {checkpoint, data, kind, measure, n, difference, ...}.
+
+    n: rows to which the metric applies for both; interval: 95 %, over paired draws of rows; wins, losses, ties: rows on
+    which the checkpoint did better, worse, or the same.
     """
-
-    checkpoint: str
-    data: str
-    kind: str
-    measure: str
-    n: int
-    difference: float
-    interval: tuple[float, float]
-    wins: int
-    losses: int
-    ties: int
-
-
-def differences(
-    results: Sequence[Result], groups: dict[tuple[str, str], list[int]], measures: Sequence[Metric]
-) -> list[Difference]:
-    """Every checkpoint after the first against the first."""
-    first, *others = results
-    found = []
-    for other in others:
-        for (data, kind), rows in groups.items():
-            for measure in measures:
-                theirs, ours = first.table[measure.name], other.table[measure.name]
-                both = [row for row in rows if theirs[row] is not None and ours[row] is not None]
-                if both:
-                    found.append(
-                        _difference(
-                            (other.name, data, kind),
-                            measure,
-                            [ours[row] for row in both],
-                            [theirs[row] for row in both],
-                        )
-                    )
-    return found
+    differences = []
+    for checkpoint, baseline in pairs:
+        for (data, kind), numbers in groups.items():
+            for metric in metrics:
+                ours, theirs = checkpoint.table[metric.name], baseline.table[metric.name]
+                parts = [(ours[row], theirs[row]) for row in numbers if ours[row] and theirs[row]]
+                if not parts:
+                    continue
+                ours, theirs = zip(*parts, strict=True)
+                gains = [_gain(metric, *part) for part in parts]
+                differences.append(
+                    {
+                        "checkpoint": checkpoint.name,
+                        "data": data,
+                        "kind": kind,
+                        "measure": metric.name,
+                        "n": len(parts),
+                        "difference": metric.reported(ratio(ours)) - metric.reported(ratio(theirs)),
+                        "interval": list(paired_difference(ours, theirs, of_exp=metric.is_log)),
+                        "wins": sum(gain > 0 for gain in gains),
+                        "losses": sum(gain < 0 for gain in gains),
+                        "ties": sum(gain == 0 for gain in gains),
+                    }
+                )
+    return differences
 
 
-def _difference(group: tuple[str, str, str], measure: Metric, ours: list, theirs: list) -> Difference:
-    gains = [_gain(measure, one, two) for one, two in zip(ours, theirs, strict=True)]
-    return Difference(
-        *group,
-        measure.name,
-        len(ours),
-        measure.shown(ratio(ours)) - measure.shown(ratio(theirs)),
-        paired_difference(ours, theirs, of_exp=measure.is_log),
-        sum(gain > 0 for gain in gains),
-        sum(gain < 0 for gain in gains),
-        sum(gain == 0 for gain in gains),
-    )
-
-
-def _gain(measure: Metric, ours: tuple[float, float], theirs: tuple[float, float]) -> float:
+def _gain(metric: Metric, ours: Part, theirs: Part) -> float:
     gain = ours[0] / ours[1] - theirs[0] / theirs[1]
-    return gain if measure.better == "higher" else -gain
+    return gain if metric.better == "higher" else -gain
 
 
-def records(
-    questions: Sequence[Question], results: Sequence[Result], measures: Sequence[Metric]
+def row_records(
+    questions: Sequence[Question],
+    results: Sequence[CheckpointResult],
+    metrics: Sequence[Metric],
+    numbers: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """One per question: what was asked, what each checkpoint said, and what each measure makes of it."""
+    """Return each question with the answers and scores of every checkpoint. numbers: only of these questions."""
     return [
         {
-            "data": question.data,
-            "row": question.place,
-            "kind": question.kind,
-            "question": _text(question),
-            "expected": question.columns.get("answer"),
-            "images": [image["path"] for image in question.row.images],
-            "results": {result.name: _said(result, number, measures) for result in results},
+            "data": questions[number].data,
+            "row": questions[number].place,
+            "kind": questions[number].kind,
+            "question": _prompt_text(questions[number]),
+            "expected": questions[number].columns.get("answer"),
+            "images": [image["path"] for image in questions[number].row.images],
+            "results": {result.name: _answers_and_scores(result, number, metrics) for result in results},
         }
-        for number, question in enumerate(questions)
+        for number in (range(len(questions)) if numbers is None else numbers)
     ]
 
 
-def _text(question: Question) -> str:
-    row = question.asked
+def _prompt_text(question: Question) -> str:
+    row = question.prompt
     if row.plain is not None:
         return row.plain[0]
     content = next((turn["content"] for turn in reversed(row.messages) if turn["role"] == "user"), "")
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content).strip()
 
 
-def _said(result: Result, number: int, measures: Sequence[Metric]) -> dict[str, Any]:
+def _answers_and_scores(result: CheckpointResult, number: int, metrics: Sequence[Metric]) -> dict[str, Any]:
     outcome = result.outcomes[number]
     scores = {
-        measure.name: measure.shown(part[0] / part[1])
-        for measure in measures
-        if (part := result.table[measure.name][number]) is not None
+        metric.name: metric.reported(part[0] / part[1])
+        for metric in metrics
+        if (part := result.table[metric.name][number]) is not None
     }
     return {"answers": [answer["text"] for answer in outcome.get("answers", [])], "scores": scores}
 
 
-def changed(
-    questions: Sequence[Question], results: Sequence[Result], measures: Sequence[Metric]
-) -> list[dict[str, Any]]:
-    """Of every checkpoint after the first: the questions that got worse and better by most, {checkpoint, measure, row,
-    gain}, row being the question's number.
+def most_changed(questions: Sequence[Question], pairs: Pairs, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+    """Return the questions on which each checkpoint got worse and better by most: {checkpoint, measure, row, gain}.
 
-    A question is judged by the first measure of the plan on which it moved.
+    row: number of the question; measure: the first metric of the config on which it changed.
     """
-    first, *others = results
-    found = []
-    for other in others:
+    changes = []
+    for checkpoint, baseline in pairs:
         gains = []
         for number in range(len(questions)):
-            for place, measure in enumerate(measures):
-                theirs, ours = first.table[measure.name][number], other.table[measure.name][number]
-                gain = _gain(measure, ours, theirs) if theirs is not None and ours is not None else 0
+            for place, metric in enumerate(metrics):
+                theirs, ours = baseline.table[metric.name][number], checkpoint.table[metric.name][number]
+                gain = _gain(metric, ours, theirs) if theirs is not None and ours is not None else 0
                 if gain:
                     gains.append((place, number, gain))
                     break
-        # the plan's first measures before its later ones: two measures share no scale
+        # changes in the config's first metrics come first, because metrics differ in scale
         gains.sort(key=lambda gain: (gain[0], -abs(gain[2]), gain[1]))
         for sign in (-1, 1):
-            moved = [gain for gain in gains if sign * gain[2] > 0][:SHOWN_CHANGES]
-            found += [
-                {"checkpoint": other.name, "measure": measures[place].name, "row": number, "gain": gain}
-                for place, number, gain in moved
+            shown = [gain for gain in gains if sign * gain[2] > 0][:SHOWN_CHANGES]
+            changes += [
+                {"checkpoint": checkpoint.name, "measure": metrics[place].name, "row": number, "gain": gain}
+                for place, number, gain in shown
             ]
-    return found
+    return changes
 
 
-def samples(questions: Sequence[Question]) -> list[int]:
-    """Numbers of a few questions of each data set, spread evenly over it."""
+def sample_rows(questions: Sequence[Question]) -> list[int]:
+    """Return the numbers of up to SHOWN_SAMPLES questions of each data set, evenly spaced."""
     chosen = []
     for data in dict.fromkeys(question.data for question in questions):
-        own = [number for number, question in enumerate(questions) if question.data == data]
-        count = min(SHOWN_SAMPLES, len(own))
-        chosen += [own[place * len(own) // count] for place in range(count)]
+        numbers = [number for number, question in enumerate(questions) if question.data == data]
+        count = min(SHOWN_SAMPLES, len(numbers))
+        chosen += [numbers[place * len(numbers) // count] for place in range(count)]
     return chosen

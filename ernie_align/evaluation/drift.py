@@ -1,4 +1,4 @@
-"""What a checkpoint has kept of another's text: the same logits bit for bit, or how far its distributions moved."""
+"""Drift of a checkpoint's text predictions from those of its baseline."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextSnapshot:
-    """What a model says about text.
+    """A model's predictions on text.
 
-    certificate: its logits on random text tokens; ids: of each held-out row; logps: of each row (T - 1, V) float32 on
-    the CPU, the log-probabilities of every next token.
+    probe: its logits on random text tokens; ids: token ids of each held-out row; logps: log-probabilities of every next
+    token, one (T - 1, V) float32 CPU tensor per row.
     """
 
-    certificate: TextProbe
+    probe: TextProbe
     ids: list[list[int]]
     logps: list[Tensor]
 
 
 def load_held_out_text(block: RetentionBlock) -> list[Row]:
-    """The plan's text rows, else the page of short questions and answers that comes along."""
+    """Load the config's text rows, or by default the page of short questions and answers in this package."""
     page = str(files("ernie_align.evaluation").joinpath("held_out_text.jsonl"))
     blocks = block.text or [DataSetBlock(path=page)]
-    return [answered for data in blocks for question in load_questions(data) if (answered := question.answered)]
+    return [row for data in blocks for question in load_questions(data) if (row := question.with_answer)]
 
 
 def take_text_snapshot(bundle: Bundle, renderer: Renderer, rows: Sequence[Row], *, tokens: int) -> TextSnapshot:
-    """Rows until `tokens` tokens are reached, the last one cut; each on its own, so that no padding moves a bit.
+    """Run rows until `tokens` tokens are reached, and truncate the last one. One row per forward pass: no padding.
 
-    Raises DataError for a row that cannot be rendered, or that shows an image.
+    Raises DataError for a row that cannot be rendered or that has an image.
     """
     import torch
 
@@ -53,46 +53,45 @@ def take_text_snapshot(bundle: Bundle, renderer: Renderer, rows: Sequence[Row], 
     for row in rows:
         try:
             if row.images:
-                raise RowFault("an image in held-out text", "name rows of text alone under retention.text")
-            own = renderer.examples(row, max_length=sys.maxsize)[-1].input_ids[: left + 1]
+                raise RowFault("an image in held-out text", "list only rows without images under retention.text")
+            row_ids = renderer.examples(row, max_length=sys.maxsize)[-1].input_ids[: left + 1]
         except RowFault as fault:
             raise DataError.at("retention.text", fault.what, fix=fault.fix) from None
-        left -= len(own) - 1
-        ids.append(own)
+        left -= len(row_ids) - 1
+        ids.append(row_ids)
         if left <= 0:
             break
     bundle.model.eval()
     logps = []
     with torch.no_grad():
-        for own in ids:
-            batch = torch.tensor([own], device=device)
+        for row_ids in ids:
+            batch = torch.tensor([row_ids], device=device)
             logits = bundle.model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False).logits
             logps.append(logits[0, :-1].float().log_softmax(dim=-1).cpu())
     return TextSnapshot(probe_text(bundle), ids, logps)
 
 
-def compare_text(first: TextSnapshot, other: TextSnapshot) -> dict[str, Any] | None:
-    """How much of the first model's text the other has kept; None where their tokens differ.
+def compare_text(baseline: TextSnapshot, other: TextSnapshot) -> dict[str, Any] | None:
+    """Compare text predictions with the baseline's. Return None if the two tokenize the text differently.
 
-    bit_identical: the certificate holds, and agreement is then 1 and kl 0 by construction; agreement: share of tokens
-    whose most likely successor is the same; kl: mean over tokens of KL(first || other) in nats; both with 95 %
-    intervals over draws of rows.
+    bit_identical: all logits are equal, and then agreement is 1 and kl is 0; agreement: share of positions with the
+    same most likely token; kl: mean over tokens of KL(baseline || other) in nats. agreement and kl have 95 % bootstrap
+    intervals over rows.
     """
-    if first.ids != other.ids:
+    if baseline.ids != other.ids:
         return None
-    identical = first.certificate == other.certificate and all(
-        one.equal(two) for one, two in zip(first.logps, other.logps, strict=True)
-    )
+    identical = baseline.probe == other.probe
     agreed, diverged = [], []
-    for one, two in zip(first.logps, other.logps, strict=True):
-        count = float(len(one))
-        agreed.append((float((one.argmax(dim=-1) == two.argmax(dim=-1)).sum()), count))
-        kl = (one.exp() * (one - two)).nansum(dim=-1)  # 0 · (-inf - -inf) where a token cannot come
+    for p, q in zip(baseline.logps, other.logps, strict=True):
+        identical = identical and p.equal(q)
+        count = float(len(p))
+        agreed.append((float((p.argmax(dim=-1) == q.argmax(dim=-1)).sum()), count))
+        kl = (p.exp() * (p - q)).nansum(dim=-1)  # 0 * (-inf - -inf) for impossible tokens
         diverged.append((float(kl.clamp_min(0).sum()), count))
     return {
         "bit_identical": identical,
-        "rows": len(first.ids),
-        "tokens": sum(len(one) for one in first.logps),
+        "rows": len(baseline.ids),
+        "tokens": sum(len(p) for p in baseline.logps),
         "agreement": ratio(agreed),
         "agreement_interval": list(bootstrap_interval(agreed)),
         "kl": ratio(diverged),

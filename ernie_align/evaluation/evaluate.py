@@ -1,4 +1,4 @@
-"""Checkpoints and a plan -> one report: asked, measured, compared, judged, written."""
+"""Evaluate checkpoints on the same questions, compare each with its baseline, and write one report."""
 
 from __future__ import annotations
 
@@ -6,79 +6,80 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ernie_align.checkpoints import atomic_path, write_atomically
 from ernie_align.data import media
+from ernie_align.data.render import renderer_of
 from ernie_align.errors import ModelError, RecipeError
 from ernie_align.evaluation import compare, runner
 from ernie_align.evaluation.drift import TextSnapshot, compare_text, load_held_out_text, take_text_snapshot
-from ernie_align.evaluation.generate import renderer_of
+from ernie_align.evaluation.intervals import scipy_stats
 from ernie_align.evaluation.metrics import Metric, build_metrics
 from ernie_align.evaluation.questions import Question, load_questions
-from ernie_align.evaluation.requirements import Requirement, parse_requirements
-from ernie_align.evaluation.requirements import judge as judge_requirements
+from ernie_align.evaluation.requirements import Requirement, check_requirements, parse_requirements
 from ernie_align.evaluation.response_cache import ResponseCache, fingerprint
 from ernie_align.evaluation.routing import RoutingSnapshot, describe, first_of_each, take_routing_snapshot
-from ernie_align.evaluation.runner import Figure, Result
+from ernie_align.evaluation.runner import CheckpointResult, Figure, Groups, Requests
 from ernie_align.models.checkpoint_files import CheckpointFiles
 from ernie_align.models.environment import environment
 from ernie_align.models.load import load_model
-from ernie_align.recipe.evaluation import Plan
+from ernie_align.recipe.evaluation import EvalConfig
 from ernie_align.recipe.load import load_block
 
-if TYPE_CHECKING:
-    from ernie_align.models.load import Bundle
-
-
 VERSION = 1  # of report.json; report.schema.json describes it
+LONGEST_SIDE = 224  # pixels of a thumbnail
+SMALLEST = 96  # pixels: a smaller image is enlarged by whole factors, so that it can be seen
 Tick = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """report: what report.json holds; results: one per checkpoint; rows: one record per question."""
+    """report: the content of report.json; results: one per checkpoint; rows: one record per question."""
 
     report: dict[str, Any]
-    results: list[Result] = field(repr=False)
+    results: list[CheckpointResult] = field(repr=False)
     rows: list[dict[str, Any]] = field(repr=False)
 
     @property
     def figures(self) -> tuple[Figure, ...]:
-        """Of the last checkpoint: of the only one, where there is one."""
+        """The results of the last checkpoint."""
         return self.results[-1].figures
 
     @property
     def passed(self) -> bool:
-        """Whether every requirement is met."""
+        """True if every requirement is met."""
         return all(line["passed"] for line in self.report["requirements"])
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What is the same for every checkpoint. folder: where answers are kept, if anywhere."""
+class _Job:
+    """The inputs that all checkpoints share. folder: for response caches, if any."""
 
-    plan: Plan
+    config: EvalConfig
     questions: list[Question]
-    measures: list[Metric]
-    ways: dict[str, list[int]]
-    groups: dict[tuple[str, str], list[int]]
+    metrics: list[Metric]
+    requests: Requests
+    groups: Groups
     folder: Path | None
     dtype: str
     tick: Tick
 
 
 @dataclass(frozen=True)
-class _Pictures:
+class _Snapshot:
+    """The part of a model's behavior that is compared with its baseline besides answers."""
+
     text: TextSnapshot
     routing: RoutingSnapshot | None
 
 
-def load_eval_config(source: str | Path | Mapping[str, Any]) -> Plan:
-    """A YAML file, or a mapping -> a frozen plan. Raises RecipeError with every fault, each with its place."""
-    return load_block(source, Plan, name="plan")
+def load_eval_config(source: str | Path | Mapping[str, Any]) -> EvalConfig:
+    """Load a YAML file or a mapping as a frozen config. Raises RecipeError with every fault and its place."""
+    return load_block(source, EvalConfig, name="eval config")
 
 
 def make_eval_config(
@@ -90,8 +91,8 @@ def make_eval_config(
     limit: int | None = None,
     require: Sequence[str] = (),
     **generation: Any,
-) -> Plan:
-    """A plan in a line: files, names of metrics, and keys of `generation`. Raises RecipeError."""
+) -> EvalConfig:
+    """Make a config from files, metric names and keys of `generation`. Raises RecipeError."""
     files = [str(data)] if isinstance(data, (str, Path)) else [str(file) for file in data]
     names = [metrics] if isinstance(metrics, str) else metrics
     shared = {"format": format, "media_root": media_root, "limit": limit}
@@ -109,204 +110,247 @@ def evaluate(
     checkpoints: str | Path | Sequence[str | Path],
     data: str | Path | Iterable[str | Path] | None = None,
     *,
-    plan: Plan | str | Path | Mapping[str, Any] | None = None,
+    config: EvalConfig | str | Path | Mapping[str, Any] | None = None,
+    baseline: str | Path | None = None,
     out: str | Path | None = None,
     dtype: str = "auto",
     tick: Tick = lambda name, done, total: None,
-    **flags: Any,
+    **options: Any,
 ) -> Evaluation:
-    """Ask checkpoints (models, adapters, checkpoints of runs) the same questions, and compare them with the first.
+    """Evaluate checkpoints (models, adapters, checkpoints of runs) on the same questions.
 
-    data, flags: a plan in a line, as short_plan takes it; plan: instead, a Plan, its file, or a mapping;
-    out: a folder for report.json, scores.jsonl and what each checkpoint said, by which a stopped evaluation goes on; or
-    a .json file for the report alone; tick: told a checkpoint's name, the rows done and all of them.
-    Raises RecipeError for a faulty plan, DataError for rows that cannot be measured, RunError where `out` holds other
-    answers, ModelError where a checkpoint does not load or route.
+    data, options: arguments of make_eval_config; config: instead, an EvalConfig, its file, or a mapping;
+    baseline: the checkpoint that every other one is compared with; it is added if `checkpoints` does not contain it. By
+    default an adapter is compared with its base model if that is in `checkpoints`, and any other checkpoint with the
+    first one.
+    out: a folder for report.json, scores.jsonl, thumbnails and the responses, from which an interrupted evaluation
+    resumes; or a .json file for the report, with its thumbnails in a folder next to it. tick: called with a
+    checkpoint's name, the responses done and their total.
+    Raises RecipeError for an invalid config, DataError for rows without what the metrics read, RunError if `out`
+    contains other responses, ModelError if a checkpoint does not load or route.
     """
-    if (plan is None) == (data is None):
-        raise RecipeError.at("plan", "neither data nor plan" if plan is None else "both data and plan", fix="give one")
-    judged = (
-        make_eval_config(data, **flags) if plan is None else plan if isinstance(plan, Plan) else load_eval_config(plan)
-    )
+    if (config is None) == (data is None):
+        what = "neither data nor config" if config is None else "both data and config"
+        raise RecipeError.at("evaluate", f"got {what}", fix="pass one of them")
+    scipy_stats()  # raises if it is not installed, before a model is loaded
+    if config is None:
+        config = make_eval_config(data, **options)
+    elif not isinstance(config, EvalConfig):
+        config = load_eval_config(config)
     folder = None if out is None or str(out).endswith(".json") else Path(out)
     listed = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
-    names = _names([str(checkpoint) for checkpoint in listed])
-    measures = build_metrics(judged, cache=folder / "verdicts" if folder else None)
-    questions = [question for block in judged.data for question in load_questions(block)]
-    ways = runner.wanted(questions, measures)
-    groups = runner.groups_of(questions)
-    required = parse_requirements(
-        judged.require,
-        measures=[one.name for one in measures],
+    names, baseline_name = _name_checkpoints([str(one) for one in listed], baseline and str(baseline))
+    metrics = build_metrics(config, cache=folder / "verdicts" if folder else None)
+    questions = [question for block in config.data for question in load_questions(block)]
+    requests = runner.plan_requests(questions, metrics)
+    groups = runner.group_questions(questions)
+    requirements = parse_requirements(
+        config.require,
+        metrics=[metric.name for metric in metrics],
         kinds={data: [kind for other, kind in groups if other == data] for data, _ in groups},
-        several=len(listed) > 1,
-        where=judged.where("require"),
+        several=len(names) > 1,
+        where=config.where("require"),
     )
-    work = _Work(judged, questions, measures, ways, groups, folder, dtype, tick)
-    results, against, first = [], [], None
-    for name, checkpoint in names.items():
-        result, pictures = _one(work, checkpoint, name, compared=len(names) > 1)
-        results.append(result)
-        against.append(_against(first, pictures))
-        first = first or pictures
-    rows = compare.records(questions, results, measures)
-    report = _report(judged, measures, questions, groups, results, against, required)
+    baselines = choose_baselines(names, baseline_name)
+    job = _Job(config, questions, metrics, requests, groups, folder, dtype, tick)
+    results, drift = _run_all(job, names, baselines)
+    rows = compare.row_records(questions, results, metrics)
+    thumbnails = None
+    if out is not None:
+        path = folder / "report.json" if folder else Path(out)
+        thumbnails = folder / "images" if folder else path.with_name(f"{path.stem}_images")
+    report = _report(job, results, drift, baselines, requirements, thumbnails)
     if folder is not None:
-        _show_images(report, questions, folder / "images")
-        _write(
-            folder / "scores.jsonl", "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-        )
-        _write(folder / "report.json", _json(report))
-    elif out is not None:
-        _write(Path(out), _json(report))
+        lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        write_atomically(folder / "scores.jsonl", lines)
+    if out is not None:
+        write_atomically(path, json.dumps(report, indent=1, ensure_ascii=False, default=str) + "\n")
     return Evaluation(report, results, rows)
 
 
-def _names(checkpoints: Sequence[str]) -> dict[str, str]:
-    """Short name, different for each -> checkpoint."""
+def _name_checkpoints(checkpoints: list[str], baseline: str | None) -> tuple[dict[str, str], str | None]:
+    """Return unique short name -> checkpoint, and the baseline's short name. An unlisted baseline comes first.
+
+    baseline: a checkpoint or a short name.
+    """
+    names = _short_names(checkpoints)
+    if baseline is None or baseline in names:
+        return names, baseline
+    listed = [name for name, checkpoint in names.items() if _location(checkpoint) == _location(baseline)]
+    if listed:
+        return names, listed[0]
+    names = _short_names([baseline, *checkpoints])
+    return names, next(iter(names))
+
+
+def _short_names(checkpoints: Sequence[str]) -> dict[str, str]:
+    """Return unique short name -> checkpoint: digits-sft for runs/demo/digits-sft/final."""
     names: dict[str, str] = {}
     for checkpoint in checkpoints:
-        short = runner.name_of(checkpoint)
-        free = (short if number == 1 else f"{short}_{number}" for number in range(1, len(checkpoints) + 1))
-        names[next(name for name in free if name not in names)] = checkpoint
+        path = Path(checkpoint)
+        short = path.parent.name if path.name == "final" else path.name
+        candidates = (short if number == 1 else f"{short}_{number}" for number in range(1, len(checkpoints) + 1))
+        names[next(name for name in candidates if name not in names)] = checkpoint
     return names
 
 
-def _one(work: _Work, checkpoint: str, name: str, *, compared: bool) -> tuple[Result, _Pictures | None]:
-    """Ask, measure, and (compared) look inside one checkpoint; it is let go of before the next one is loaded."""
-    plan, questions = work.plan, work.questions
-    asked_for = fingerprint(_weights(checkpoint), work.dtype, questions, plan.generation)
-    path = work.folder / name / "rows.jsonl" if work.folder else None
-    ledger = ResponseCache(path, fingerprint=asked_for, checkpoint=checkpoint)
-    bundle = load_model(checkpoint, dtype=work.dtype)
+def _location(checkpoint: str) -> str:
+    """Return the absolute path of a folder, so that it can be compared; a hub name unchanged."""
+    return str(Path(checkpoint).resolve()) if Path(checkpoint).exists() else checkpoint
+
+
+def choose_baselines(checkpoints: Mapping[str, str], baseline: str | None = None) -> dict[str, str | None]:
+    """Return the name of each checkpoint's baseline, None for a checkpoint that is compared with nothing.
+
+    checkpoints: name -> checkpoint; baseline: the baseline of all others. Without it, an adapter is compared with its
+    base model if that is listed, and any other checkpoint with the first one that is not such an adapter.
+    """
+    if baseline is not None:
+        return {name: None if name == baseline else baseline for name in checkpoints}
+    by_location = {_location(checkpoint): name for name, checkpoint in reversed(checkpoints.items())}
+    bases = {}
+    for name, checkpoint in checkpoints.items():
+        files = CheckpointFiles(checkpoint)
+        base = _adapter_base(files) if files.is_folder and files.is_adapter else None
+        bases[name] = by_location.get(_location(base.name)) if base else None
+    first = next((name for name, base in bases.items() if base is None), None)
+    return {name: base or (None if name == first else first) for name, base in bases.items()}
+
+
+def _adapter_base(adapter: CheckpointFiles) -> CheckpointFiles:
+    config = adapter.read_json("adapter_config.json")
+    return CheckpointFiles(config.get("base_model_name_or_path") or "", config.get("revision"))
+
+
+def _run_all(
+    job: _Job, names: Mapping[str, str], baselines: Mapping[str, str | None]
+) -> tuple[list[CheckpointResult], dict[str, dict[str, Any]]]:
+    """Run every checkpoint, each after its baseline. Return the results in the order of `names`, and their drift."""
+
+    def depth(name: str) -> int:
+        return 0 if baselines[name] is None else 1 + depth(baselines[name])
+
+    results: dict[str, CheckpointResult] = {}
+    drift: dict[str, dict[str, Any]] = {}
+    snapshots: dict[str, _Snapshot] = {}  # of baselines only: log-probs of a large vocabulary take memory
+    for name in sorted(names, key=depth):
+        results[name], snapshot = _run(job, names[name], name, compared=len(names) > 1)
+        drift[name] = _drift(snapshots.get(baselines[name]), snapshot)
+        if name in baselines.values():
+            snapshots[name] = snapshot
+    return [results[name] for name in names], drift
+
+
+def _run(job: _Job, checkpoint: str, name: str, *, compared: bool) -> tuple[CheckpointResult, _Snapshot | None]:
+    """Run one checkpoint; its model is freed on return, before the next one is loaded."""
+    config, questions = job.config, job.questions
+    key = fingerprint(_weights_hash(checkpoint), job.dtype, questions, config.generation)
+    path = job.folder / name / "rows.jsonl" if job.folder else None
+    cache = ResponseCache(path, fingerprint=key, checkpoint=checkpoint)
+    bundle = load_model(checkpoint, dtype=job.dtype)
     runner.to_accelerator(bundle.model)
-    renderer = renderer_of(bundle, thinking=plan.generation.thinking)
+    renderer = renderer_of(bundle, thinking=config.generation.thinking)
     start = time.monotonic()
-    asked = runner.ask(bundle, renderer, questions, work.ways, plan, ledger, partial(work.tick, name))
+    new = runner.collect_responses(
+        bundle, renderer, questions, job.requests, config.generation, cache, partial(job.tick, name)
+    )
     seconds = round(time.monotonic() - start, 3)
-    outcomes = runner.outcomes_of(ledger, work.ways, len(questions), plan.generation.samples)
-    table = runner.table_of(questions, outcomes, work.measures)
-    figures = runner.figures_of(table, work.groups, work.measures)
-    result = Result(checkpoint, name, figures, table, outcomes, seconds, asked)
-    return result, _pictures(bundle, plan, questions) if compared else None
+    outcomes = runner.outcomes_from_cache(cache, job.requests, len(questions), config.generation.samples)
+    table = runner.score_outcomes(questions, outcomes, job.metrics)
+    figures = runner.compute_figures(table, job.groups, job.metrics)
+    result = CheckpointResult(checkpoint, name, figures, table, outcomes, seconds, new)
+    if not compared:
+        return result, None
+    renderer = renderer_of(bundle)
+    text = take_text_snapshot(bundle, renderer, load_held_out_text(config.retention), tokens=config.retention.tokens)
+    routed = first_of_each(questions, config.retention.routed_rows)
+    return result, _Snapshot(text, take_routing_snapshot(bundle, renderer, routed))
 
 
-def _weights(checkpoint: str) -> str:
+def _weights_hash(checkpoint: str) -> str:
     files = CheckpointFiles(checkpoint)
     if not files.is_adapter:
         return files.fingerprint()
-    config = files.read_json("adapter_config.json")
-    base = CheckpointFiles(config.get("base_model_name_or_path") or "", config.get("revision"))
     if not files.is_folder:
         raise ModelError.at(checkpoint, "an adapter on the hub", fix="download it, and name its folder")
-    return base.fingerprint(adapter=checkpoint)
+    return _adapter_base(files).fingerprint(adapter=checkpoint)
 
 
-def _pictures(bundle: Bundle, plan: Plan, questions: Sequence[Question]) -> _Pictures:
-    renderer = renderer_of(bundle)
-    text = take_text_snapshot(bundle, renderer, load_held_out_text(plan.retention), tokens=plan.retention.tokens)
-    asked = first_of_each(questions, plan.retention.routed_rows)
-    return _Pictures(text, take_routing_snapshot(bundle, renderer, asked))
-
-
-def _against(first: _Pictures | None, own: _Pictures | None) -> dict[str, Any]:
-    if own is None:
+def _drift(baseline: _Snapshot | None, snapshot: _Snapshot | None) -> dict[str, Any]:
+    if snapshot is None:
         return {"text": None, "routing": None}
     return {
-        "text": compare_text(first.text, own.text) if first else None,
-        "routing": describe(own.routing, first.routing if first else None) if own.routing else None,
+        "text": compare_text(baseline.text, snapshot.text) if baseline else None,
+        "routing": describe(snapshot.routing, baseline.routing if baseline else None) if snapshot.routing else None,
     }
 
 
 def _report(
-    plan: Plan,
-    measures: Sequence[Metric],
-    questions: Sequence[Question],
-    groups: dict[tuple[str, str], list[int]],
-    results: Sequence[Result],
-    against: Sequence[Mapping[str, Any]],
-    required: Sequence[Requirement],
+    job: _Job,
+    results: Sequence[CheckpointResult],
+    drift: Mapping[str, Mapping[str, Any]],
+    baselines: Mapping[str, str | None],
+    requirements: Sequence[Requirement],
+    thumbnails: Path | None,
 ) -> dict[str, Any]:
-    changed = compare.changed(questions, results, measures)
-    shown = sorted({*compare.samples(questions), *(change["row"] for change in changed)})
-    place = {number: position for position, number in enumerate(shown)}
+    """Build the content of report.json. thumbnails: folder for small copies of the shown images."""
+    by_name = {result.name: result for result in results}
+    pairs = [(result, by_name[base]) for result in results if (base := baselines[result.name])]
+    changes = compare.most_changed(job.questions, pairs, job.metrics)
+    samples = compare.sample_rows(job.questions)
+    numbers = sorted({*samples, *(change["row"] for change in changes)})
+    place = {number: position for position, number in enumerate(numbers)}
+    shown = compare.row_records(job.questions, results, job.metrics, numbers)
+    if thumbnails is not None:
+        for record, number in zip(shown, numbers, strict=True):
+            images = job.questions[number].row.images
+            record["images"] = [f"{thumbnails.name}/{save_thumbnail(image, thumbnails)}" for image in images]
     figures = {result.name: result.figures for result in results}
-    by_name = {result.name: own for result, own in zip(results, against, strict=True)}
     return {
         "version": VERSION,
-        "plan": plan.model_dump(mode="json"),
+        "plan": job.config.model_dump(mode="json"),
         "environment": environment(),
-        "measures": [{"name": one.name, "better": one.better, "rate": _is_rate(one, results)} for one in measures],
+        "measures": [
+            {"name": metric.name, "better": metric.better, "rate": _is_percentage(metric, results)}
+            for metric in job.metrics
+        ],
         "checkpoints": [
             {
                 "name": result.name,
                 "checkpoint": result.checkpoint,
+                "baseline": baselines[result.name],
                 "seconds": result.seconds,
-                "asked": result.asked,
-                "figures": [asdict(figure) | {"interval": list(figure.interval)} for figure in result.figures],
-                **own,
+                "asked": result.new_responses,
+                "figures": [figure.to_json() for figure in result.figures],
+                **drift[result.name],
             }
-            for result, own in zip(results, against, strict=True)
+            for result in results
         ],
-        "differences": [
-            asdict(one) | {"interval": list(one.interval)} for one in compare.differences(results, groups, measures)
-        ],
-        "requirements": judge_requirements(required, figures, by_name),
-        "shown": compare.records(
-            [questions[number] for number in shown], [_only(result, shown) for result in results], measures
-        ),
-        "samples": [place[number] for number in compare.samples(questions)],
-        "changed": [change | {"row": place[change["row"]]} for change in changed],
+        "differences": compare.compute_differences(pairs, job.groups, job.metrics),
+        "requirements": check_requirements(requirements, figures, drift, baselines),
+        "shown": shown,
+        "samples": [place[number] for number in samples],
+        "changed": [change | {"row": place[change["row"]]} for change in changes],
     }
 
 
-def _is_rate(one: Metric, results: Sequence[Result]) -> bool:
-    """Whether a figure reads as a percentage: nothing outside 0..1 was seen."""
-    parts = [part for result in results for part in result.table[one.name] if part is not None]
-    return not one.is_log and all(weight == 1 and 0 <= value <= 1 for value, weight in parts)
+def _is_percentage(metric: Metric, results: Sequence[CheckpointResult]) -> bool:
+    """Return True if the score of every row lies in 0..1."""
+    parts = [part for result in results for part in result.table[metric.name] if part is not None]
+    return not metric.is_log and all(weight == 1 and 0 <= value <= 1 for value, weight in parts)
 
 
-def _only(result: Result, rows: Sequence[int]) -> Result:
-    table = {name: [parts[row] for row in rows] for name, parts in result.table.items()}
-    return Result(result.checkpoint, result.name, (), table, [result.outcomes[row] for row in rows])
-
-
-def _show_images(report: dict[str, Any], questions: Sequence[Question], folder: Path) -> None:
-    """Small copies of the images of the shown rows, so that the folder is whole by itself."""
-    by_place = {question.place: question for question in questions}
-    for row in report["shown"]:
-        row["images"] = [f"images/{keep(image, folder)}" for image in by_place[row["row"]].row.images]
-
-
-def _json(report: Mapping[str, Any]) -> str:
-    return json.dumps(report, indent=1, ensure_ascii=False, default=str) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
-
-
-LONGEST_SIDE = 224  # pixels
-SMALLEST = 96  # pixels of the longer side that a tiny image is enlarged to, in whole steps, so that it can be seen
-
-
-def keep(image: dict[str, Any], folder: Path) -> str:
-    """Write a small PNG of an image into the folder; its name there. Equal images are kept once."""
+def save_thumbnail(image: dict[str, Any], folder: Path) -> str:
+    """Write a small PNG of an image into a folder and return its file name. Equal images share one file."""
     from PIL import Image
 
     picture = media.load_image(image)
     if max(picture.size) > LONGEST_SIDE:
         picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    elif times := SMALLEST // max(picture.size):
-        picture = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+    elif factor := SMALLEST // max(picture.size):
+        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     name = f"{hashlib.sha256(picture.tobytes() + repr(picture.size).encode()).hexdigest()[:16]}.png"
-    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / name).exists():
-        partial = folder / f".{name}.partial"
-        picture.save(partial, format="PNG")
-        partial.replace(folder / name)
+        with atomic_path(folder / name) as path:
+            picture.save(path, format="PNG")
     return name

@@ -1,4 +1,4 @@
-"""Prompts -> answers, in left-padded batches, images included."""
+"""Generate answers to prompts in left-padded batches, images included."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ernie_align.data.collate import Collator, model_inputs
-from ernie_align.data.render import Renderer, VisionSpec
+from ernie_align.data.render import Renderer, renderer_of
 from ernie_align.data.row import Row
 from ernie_align.models.load import Bundle
-from ernie_align.models.pixels import ImageSizes
-from ernie_align.models.routing import ModalityTokens, mm_token_type_ids
+from ernie_align.models.routing import mm_token_type_ids
 from ernie_align.models.routing_stats import check_routing, count_routed_tokens, find_expert_pools
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList
-    from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+Key = tuple[int, int]  # (row number, sample number)
+Skip = Callable[[list[Key]], bool]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. temperature 0 is greedy."""
+    """Generation settings. temperature 0 is greedy."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -31,27 +32,27 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, its end token left out of the text and kept in the ids."""
+    """A generated answer: text without the end token, ids with it. opened: the prompt ended inside the reasoning."""
 
     text: str
     ids: list[int]
+    opened: bool
 
 
-def make_renderer(
-    tokenizer: TokenizersBackend, modality: ModalityTokens | None, sizes: ImageSizes | None, *, thinking: bool = False
-) -> Renderer:
-    """The renderer of a model, from what is known of its tokens and images (None: a text model)."""
-    if modality is None:
-        return Renderer(tokenizer, thinking=thinking)
-    return Renderer(tokenizer, VisionSpec(modality.image, modality.ids, sizes.grid, sizes.tokens), thinking=thinking)
+def iter_batches(
+    examples: Sequence[tuple[Key, dict[str, Any]]], *, batch_size: int, skip: Skip
+) -> Iterator[tuple[list[Key], list[dict[str, Any]]]]:
+    """Yield the keys and the examples of each batch, except batches whose keys `skip` accepts.
+
+    The batches depend on the examples alone, so an interrupted evaluation repeats the same batches.
+    """
+    for start in range(0, len(examples), batch_size):
+        keys, batch = zip(*examples[start : start + batch_size], strict=True)
+        if not skip(list(keys)):
+            yield list(keys), list(batch)
 
 
-def renderer_of(bundle: Bundle, *, thinking: bool = False) -> Renderer:
-    """The renderer that belongs to a loaded model."""
-    return make_renderer(bundle.tokenizer, bundle.modality, bundle.image_sizes, thinking=thinking)
-
-
-def answer(
+def generate_answer(
     bundle: Bundle,
     row: Row,
     *,
@@ -59,15 +60,15 @@ def answer(
     thinking: bool = False,
     write: Callable[[str], None] | None = None,
 ) -> str:
-    """The model's answer to one row. write: is given the text piece by piece as it comes.
+    """Return the model's answer to one row. write: called with each piece of the text as it is generated.
 
-    Raises RowFault for a row that cannot be asked.
+    Raises RowFault if the row cannot be rendered as a prompt.
     """
     renderer = renderer_of(bundle, thinking=thinking)
     prompt = vars(renderer.prompt(row)) | {"rows": [0, 0]}
     collate = Collator(bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor, left=True)
     (ids,) = _generate(bundle, renderer, collate([prompt]), sampling or Sampling(), ["0"], write)
-    return _said(ids, renderer).text
+    return _decode(ids, renderer, row).text
 
 
 def generate_answers(
@@ -78,29 +79,25 @@ def generate_answers(
     sampling: Sampling,
     samples: int = 1,
     batch_size: int,
-    skip: Callable[[list[tuple[int, int]]], bool] = lambda keys: False,
+    skip: Skip = lambda keys: False,
 ) -> Iterator[list[tuple[int, int, Answer]]]:
-    """(number of the row, number of the sample, answer), batch by batch of similar length, the longest first.
+    """Yield batches of (row number, sample number, answer), longest prompts first.
 
-    Which rows share a batch depends on the rows alone, so that a batch gives the same answers whenever it is asked;
-    skip: batches of these rows and samples need no answer. A sample is drawn by a seed of its own, made of the plan's,
-    the row's number and the sample's: which batch it is in does not matter.
-    Raises RowFault for a row that cannot be asked, ModelError where an image does not reach the vision experts.
+    Each sample has its own seed, made of the config's seed, the row number and the sample number, so its answer does
+    not depend on its batch. skip: returns True for batches whose answers are not needed.
+    Raises RowFault if a row cannot be rendered as a prompt, ModelError if an image does not reach the vision experts.
     """
     prompts = [vars(renderer.prompt(row)) | {"rows": [0, number]} for number, row in enumerate(rows)]
-    # the longest first: what does not fit into memory is found at once
+    # longest first: a batch that does not fit into memory fails at the start
     prompts.sort(key=lambda prompt: -len(prompt["input_ids"]))
-    asked = [(prompt, sample) for prompt in prompts for sample in range(samples)]
+    examples = [((prompt["rows"][1], sample), prompt) for prompt in prompts for sample in range(samples)]
     collate = Collator(bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor, left=True)
-    for start in range(0, len(asked), batch_size):
-        chosen = asked[start : start + batch_size]
-        keys = [(prompt["rows"][1], sample) for prompt, sample in chosen]
-        if skip(keys):
-            continue
+    for keys, batch in iter_batches(examples, batch_size=batch_size, skip=skip):
         seeds = [f"{sampling.seed} {row} {sample}" for row, sample in keys]
-        batch = collate([prompt for prompt, _ in chosen])
-        ids = _generate(bundle, renderer, batch, sampling, seeds)
-        yield [(*key, _said(own, renderer)) for key, own in zip(keys, ids, strict=True)]
+        answers = _generate(bundle, renderer, collate(batch), sampling, seeds)
+        yield [
+            (row, sample, _decode(ids, renderer, rows[row])) for (row, sample), ids in zip(keys, answers, strict=True)
+        ]
 
 
 def _generate(
@@ -117,34 +114,32 @@ def _generate(
     device = next(model.parameters()).device
     vision_tokens = int(batch["vision_tokens"])
     inputs = {name: values.to(device) for name, values in model_inputs(batch).items()}
-    forbidden = {}
     if bundle.modality is not None:
-        # `generate` places images (3-D rope) before the backbone is called, so it has to be told here
+        # `generate` computes 3-D rope positions before it calls the backbone, whose hook derives this otherwise
         inputs["mm_token_type_ids"] = mm_token_type_ids(inputs["input_ids"], bundle.modality)
-        # a sampled placeholder would ask the next forward for an image that is not there
-        forbidden["suppress_tokens"] = sorted(bundle.modality.ids)
+        # after a sampled placeholder the next forward pass would need an image that does not exist
+        inputs["suppress_tokens"] = sorted(bundle.modality.ids)
     model.eval()
-    with torch.no_grad(), count_routed_tokens(find_expert_pools(model)) as seen:
+    with torch.no_grad(), count_routed_tokens(find_expert_pools(model)) as counts:
         output = model.generate(
             **inputs,
-            **forbidden,
             max_new_tokens=sampling.max_new_tokens,
-            do_sample=False,  # draws are made by the noise in the logits, where there is any
-            logits_processor=_noise(sampling, seeds, device) if sampling.temperature else None,
+            do_sample=False,  # sampling, if any, is done by noise added to the logits
+            logits_processor=_gumbel_noise(sampling, seeds, device) if sampling.temperature else None,
             streamer=_streamer(renderer, write) if write else None,
             eos_token_id=renderer.stop_ids,
             pad_token_id=bundle.tokenizer.pad_token_id,
         )
-    check_routing(seen, vision_tokens=vision_tokens)
+    check_routing(counts, vision_tokens=vision_tokens)
     return output[:, inputs["input_ids"].shape[1] :].tolist()
 
 
-def _noise(sampling: Sampling, seeds: list[str], device: Any) -> LogitsProcessorList:
-    """Logits -> logits whose largest is a draw from softmax(logits / temperature), cut off at top_p.
+def _gumbel_noise(sampling: Sampling, seeds: list[str], device: Any) -> LogitsProcessorList:
+    """Return processors after which the argmax is a sample from softmax(logits / temperature), truncated at top_p.
 
-    argmax(log p + g) is a draw from p for independent standard Gumbel g: Maddison et al. (2014), A* Sampling, NeurIPS.
-    `generate`'s own sampling takes its numbers from one stream for the whole batch: a row's draw would depend on the
-    rows beside it. Here each row has a stream of its own.
+    argmax(log p + g) is a sample from p for independent standard Gumbel g: Maddison et al. (2014), A* Sampling,
+    NeurIPS. `generate` samples the whole batch from one random stream, so a row's sample would depend on the other rows
+    of its batch. Here each row has its own stream.
     """
     import hashlib
 
@@ -159,8 +154,8 @@ def _noise(sampling: Sampling, seeds: list[str], device: Any) -> LogitsProcessor
             ]
 
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            drawn = [torch.empty_like(scores[0]).exponential_(generator=stream) for stream in self.streams]
-            return scores.log_softmax(dim=-1) - torch.stack(drawn).log()  # -log of an exponential is Gumbel
+            noise = [torch.empty_like(scores[0]).exponential_(generator=stream) for stream in self.streams]
+            return scores.log_softmax(dim=-1) - torch.stack(noise).log()  # -log of an exponential is Gumbel
 
     warpers = [TemperatureLogitsWarper(sampling.temperature)]
     if sampling.top_p < 1:
@@ -169,7 +164,7 @@ def _noise(sampling: Sampling, seeds: list[str], device: Any) -> LogitsProcessor
 
 
 def _streamer(renderer: Renderer, write: Callable[[str], None]) -> Any:
-    """Hands text on as soon as it is whole words."""
+    """Return a streamer that calls `write` with each complete word."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
@@ -179,7 +174,8 @@ def _streamer(renderer: Renderer, write: Callable[[str], None]) -> Any:
     return Streamer(renderer.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def _said(ids: list[int], renderer: Renderer) -> Answer:
+def _decode(ids: list[int], renderer: Renderer, row: Row) -> Answer:
+    """Cut generated ids after the first end token and decode them."""
     stops = set(renderer.stop_ids)
     length = next((position for position, token in enumerate(ids) if token in stops), len(ids))
-    return Answer(renderer.tokenizer.decode(ids[:length]), ids[: length + 1])
+    return Answer(renderer.tokenizer.decode(ids[:length]), ids[: length + 1], renderer.opens_thinking(row))

@@ -1,98 +1,96 @@
-"""Figures of many rows, each with its 95 % interval: pure functions."""
+"""Ratios over many rows and their 95 % confidence intervals: pure functions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ernie_align.errors import RunError
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
-_Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 RESAMPLES = 2000
-_AT_ONCE = 1_000_000  # numbers of a block of resamples: memory stays small however many rows there are
+_BATCH_NUMBERS = 1_000_000  # resample in batches of so many numbers, so that memory stays small for any number of rows
 
 Interval = tuple[float, float]
-Part = tuple[float, float]  # what a row adds to the sum, and to what the sum is divided by
+Part = tuple[float, float]  # (numerator, denominator) that one row adds to a ratio
+
+
+def scipy_stats() -> Any:
+    """Return scipy.stats. Raises RunError if scipy is not installed."""
+    try:
+        from scipy import stats
+    except ImportError:
+        raise RunError.at("eval", "scipy is not installed", fix="pip install 'ernie-align[eval]'") from None
+    return stats
 
 
 def wilson_interval(successes: int, trials: int) -> Interval:
-    """95 % interval of a success rate by Wilson's score, which stays inside [0, 1] and honest near its ends.
+    """95 % interval of a success rate by Wilson's score: it stays inside [0, 1] and is valid near both ends.
 
-    (p + z²/2n ± z·√(p(1 - p)/n + z²/4n²)) / (1 + z²/n), p = successes / trials, n = trials, z = 1.96
     Wilson (1927), Probable inference, the law of succession, and statistical inference. JASA 22.
     Raises ValueError without trials.
     """
     if trials < 1:
         raise ValueError("an interval needs at least one trial")
-    rate, square = successes / trials, _Z95**2
-    middle = rate + square / (2 * trials)
-    spread = _Z95 * math.sqrt(rate * (1 - rate) / trials + square / (4 * trials**2))
-    scale = 1 + square / trials
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+    interval = scipy_stats().binomtest(successes, trials).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def ratio(parts: Sequence[Part]) -> float:
-    """Σa / Σb of the rows: a mean where every b is 1."""
+    """Return Σ numerators / Σ denominators over the rows: the mean if every denominator is 1."""
     return math.fsum(a for a, _ in parts) / math.fsum(b for _, b in parts)
 
 
 def is_rate(parts: Sequence[Part]) -> bool:
-    """Whether every row is a success or a failure."""
+    """Return True if every row is a success (1) or a failure (0)."""
     return all(b == 1 and a in (0, 1) for a, b in parts)
 
 
 def bootstrap_interval(parts: Sequence[Part], *, seed: int = 0) -> Interval:
-    """95 % percentile interval of Σa / Σb over rows drawn with replacement, RESAMPLES times.
+    """95 % percentile interval of ratio(parts) over RESAMPLES draws of rows with replacement.
 
-    Efron (1979), Bootstrap methods: another look at the jackknife. Ann. Statist. 7. One row has no spread to show.
+    Efron (1979), Bootstrap methods: another look at the jackknife. Ann. Statist. 7. One row gives an interval of
+    width 0. Raises ValueError without rows.
     """
-    return _percentiles(len(parts), lambda rows, table: _ratios(table[0], rows), [parts], seed)
+    return _percentile_interval([parts], _resampled_ratio, seed)
 
 
 def paired_difference(ours: Sequence[Part], theirs: Sequence[Part], *, of_exp: bool = False, seed: int = 0) -> Interval:
-    """95 % percentile interval of ratio(ours) - ratio(theirs), both over the same draw of rows each time.
+    """95 % percentile interval of ratio(ours) - ratio(theirs), both over the same draws of rows.
 
     of_exp: of exp(ratio(ours)) - exp(ratio(theirs)) instead.
-    Pairing takes out what makes a row easy or hard for both. Koehn (2004), Statistical significance tests for machine
-    translation evaluation, EMNLP. Raises ValueError where the rows do not match.
+    Pairing removes the variance of rows that are easy or hard for both. Koehn (2004), Statistical significance tests
+    for machine translation evaluation, EMNLP. Raises ValueError if the numbers of rows differ.
     """
     if len(ours) != len(theirs):
         raise ValueError(f"{len(ours)} rows against {len(theirs)}")
 
-    def difference(rows: ndarray, table: list[ndarray]) -> ndarray:
-        one, other = (_ratios(parts, rows) for parts in table)
-        return _exp(one) - _exp(other) if of_exp else one - other
+    def difference(a: ndarray, b: ndarray, c: ndarray, d: ndarray, axis: int) -> ndarray:
+        import numpy as np
 
-    return _percentiles(len(ours), difference, [ours, theirs], seed)
+        one, other = _resampled_ratio(a, b, axis), _resampled_ratio(c, d, axis)
+        return np.exp(one) - np.exp(other) if of_exp else one - other
+
+    return _percentile_interval([ours, theirs], difference, seed)
 
 
-def _exp(values: ndarray) -> ndarray:
+def _resampled_ratio(numerators: ndarray, denominators: ndarray, axis: int) -> ndarray:
+    return numerators.sum(axis) / denominators.sum(axis)
+
+
+def _percentile_interval(samples: list[Sequence[Part]], statistic: Callable[..., ndarray], seed: int) -> Interval:
     import numpy as np
 
-    return np.exp(values)
-
-
-def _ratios(parts: ndarray, rows: ndarray) -> ndarray:
-    return parts[:, 0][rows].sum(axis=1) / parts[:, 1][rows].sum(axis=1)
-
-
-def _percentiles(
-    count: int,
-    statistic: Callable[[ndarray, list[ndarray]], ndarray],
-    samples: list[Sequence[Part]],
-    seed: int,
-) -> Interval:
-    import numpy as np
-
+    count = len(samples[0])
     if count < 1:
         raise ValueError("an interval needs at least one row")
-    table = [np.asarray(sample, dtype=np.float64) for sample in samples]
-    draw, found, left = np.random.default_rng(seed), [], RESAMPLES
-    while left:
-        block = min(left, max(1, _AT_ONCE // count))
-        found.append(statistic(draw.integers(count, size=(block, count)), table))
-        left -= block
-    low, high = np.percentile(np.concatenate(found), [2.5, 97.5])
-    return float(low), float(high)
+    columns = [column for sample in samples for column in np.asarray(sample, dtype=np.float64).T]
+    if count == 1:  # scipy refuses a single row
+        value = float(statistic(*columns, axis=0))
+        return value, value
+    settings = {"n_resamples": RESAMPLES, "batch": max(1, _BATCH_NUMBERS // count), "rng": np.random.default_rng(seed)}
+    result = scipy_stats().bootstrap(columns, statistic, paired=True, vectorized=True, method="percentile", **settings)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)

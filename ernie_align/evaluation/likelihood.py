@@ -1,4 +1,4 @@
-"""Expected answers -> how likely a model finds them, teacher-forced, in batches of similar length."""
+"""Log-probabilities of expected answers and of preference pairs, teacher-forced, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -10,68 +10,64 @@ from ernie_align.data.collate import Collator, model_inputs
 from ernie_align.data.pairs import PairCollator, PairEncoder
 from ernie_align.data.render import IGNORE_INDEX, Renderer
 from ernie_align.data.row import Row
+from ernie_align.evaluation.generate import Key, Skip, iter_batches
 from ernie_align.models.load import Bundle
 from ernie_align.models.routing_stats import check_routing, count_routed_tokens, find_expert_pools
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Skip = Callable[[list[tuple[int, int]]], bool]
-
 
 def answer_nlls(
     bundle: Bundle, renderer: Renderer, rows: Sequence[Row], *, batch_size: int, skip: Skip = lambda keys: False
-) -> Iterator[list[tuple[int, float, int]]]:
-    """(number of the row, negative log-likelihood of its last answer in nats, its tokens), batch by batch.
+) -> Iterator[list[tuple[int, int, dict[str, Any]]]]:
+    """Yield batches of (row number, 0, {nll, tokens}) of the rows' last answers: nats, and tokens with the end token.
 
-    The end token of an answer is one of its tokens. skip: batches of these rows, each with a 0 beside it, are left out.
-    Raises RowFault for a row without an answer, ModelError where an image does not reach the vision experts.
+    skip: returns True for batches that are not needed; its keys are (row number, 0).
+    Raises RowFault for a row without an answer, ModelError if an image does not reach the vision experts.
     """
-    examples = [
-        vars(renderer.examples(row, max_length=sys.maxsize)[-1]) | {"rows": [0, number]}
-        for number, row in enumerate(rows)
-    ]
-    examples.sort(key=lambda example: -len(example["input_ids"]))
+    encoded = [vars(renderer.examples(row, max_length=sys.maxsize)[-1]) for row in rows]
     collate = Collator(bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor)
-    for start in range(0, len(examples), batch_size):
-        chosen = examples[start : start + batch_size]
-        numbers = [example["rows"][1] for example in chosen]
-        if skip([(number, 0) for number in numbers]):
-            continue
+    examples = _numbered(encoded, lambda example: len(example["input_ids"]))
+    for keys, chosen in iter_batches(examples, batch_size=batch_size, skip=skip):
         batch = collate(chosen)
-        logps = answer_logps(bundle, batch, batch["labels"]).tolist()
+        logps = labeled_logps(bundle, batch, batch["labels"]).tolist()
         lengths = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1).tolist()
-        yield [(number, -logp, length) for number, logp, length in zip(numbers, logps, lengths, strict=True)]
+        yield [(*key, {"nll": -logp, "tokens": n}) for key, logp, n in zip(keys, logps, lengths, strict=True)]
 
 
 def pair_logps(
     bundle: Bundle, renderer: Renderer, rows: Sequence[Row], *, batch_size: int, skip: Skip = lambda keys: False
-) -> Iterator[list[tuple[int, float, float]]]:
-    """(number of the row, log-probability of its best answer, of its worst), batch by batch.
+) -> Iterator[list[tuple[int, int, dict[str, Any]]]]:
+    """Yield batches of (row number, 0, {chosen_logp, rejected_logp}) of the rows' best and worst answers.
 
-    skip: batches of these rows, each with a 0 beside it, are left out.
-    Raises RowFault for a row that is no pair, ModelError where an image does not reach the vision experts.
+    skip: returns True for batches that are not needed; its keys are (row number, 0).
+    Raises RowFault for a row that is not a preference pair, ModelError if an image does not reach the vision experts.
     """
     from ernie_align.models.image_cache import ImageFeatureCache
 
     encode = PairEncoder(renderer, max_length=sys.maxsize)
-    pairs = [{**encode(row)[0], "rows": [0, number]} for number, row in enumerate(rows)]
-    pairs.sort(key=lambda pair: -pair["length"])
     collate = PairCollator(bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor)
-    for start in range(0, len(pairs), batch_size):
-        chosen = pairs[start : start + batch_size]
-        numbers = [pair["rows"][1] for pair in chosen]
-        if skip([(number, 0) for number in numbers]):
-            continue
+    pairs = _numbered([encode(row)[0] for row in rows], lambda pair: pair["length"])
+    for keys, chosen in iter_batches(pairs, batch_size=batch_size, skip=skip):
         batch = collate(chosen)
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
-        with ImageFeatureCache(frozen=True).shown(bundle.model, times=2):
-            sides = answer_logps(bundle, batch, labels).view(2, -1).T.tolist()
-        yield [(number, better, worse) for number, (better, worse) in zip(numbers, sides, strict=True)]
+        with ImageFeatureCache(frozen=True).use(bundle.model, times=2):
+            logps = labeled_logps(bundle, batch, labels).view(2, -1).T.tolist()
+        names = ("chosen_logp", "rejected_logp")
+        yield [(*key, dict(zip(names, both, strict=True))) for key, both in zip(keys, logps, strict=True)]
 
 
-def answer_logps(bundle: Bundle, batch: dict[str, Any], labels: Tensor) -> Tensor:
-    """(B,): sum of the log-probabilities of each sequence's labelled tokens. labels (B, T)."""
+def _numbered(
+    examples: list[dict[str, Any]], length: Callable[[dict[str, Any]], int]
+) -> list[tuple[Key, dict[str, Any]]]:
+    """Give each example its key and row number, and sort by `length`, longest first."""
+    numbered = [((row, 0), example | {"rows": [0, row]}) for row, example in enumerate(examples)]
+    return sorted(numbered, key=lambda item: -length(item[1]))
+
+
+def labeled_logps(bundle: Bundle, batch: dict[str, Any], labels: Tensor) -> Tensor:
+    """Return the sum of log-probabilities of each sequence's labeled tokens, (B,). labels: (B, T)."""
     import torch
 
     from ernie_align.losses import token_logps
@@ -79,7 +75,7 @@ def answer_logps(bundle: Bundle, batch: dict[str, Any], labels: Tensor) -> Tenso
     device = next(bundle.model.parameters()).device
     inputs = {name: values.to(device) for name, values in model_inputs(batch).items()}
     bundle.model.eval()
-    with torch.no_grad(), count_routed_tokens(find_expert_pools(bundle.model)) as seen:
+    with torch.no_grad(), count_routed_tokens(find_expert_pools(bundle.model)) as counts:
         logits = bundle.model(**inputs, use_cache=False).logits
-    check_routing(seen, vision_tokens=int(batch["vision_tokens"]), tokens=labels.numel())
+    check_routing(counts, vision_tokens=int(batch["vision_tokens"]), tokens=labels.numel())
     return token_logps(logits, labels.to(device)).sum(dim=1)

@@ -1,4 +1,4 @@
-"""The metrics of a plan as measures: which rows each applies to, and what each row adds to its figure."""
+"""The metrics of an evaluation: the rows each one applies to, and the score of each answer."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from ernie_align.data import media
 from ernie_align.errors import RecipeError
-from ernie_align.evaluation import metrics
 from ernie_align.evaluation.intervals import Part
 from ernie_align.evaluation.questions import Question
 from ernie_align.recipe import evaluation as blocks
@@ -21,157 +21,132 @@ from ernie_align.rewards import Reward, build_rewards, missing_columns
 from ernie_align.rewards.completion import answer_text, parse_completion, reasoning_text
 from ernie_align.rewards.verifiers import expected_texts, split_units
 
-Way = Literal["answers", "likelihood", "pairs"]
+# The model's response to a row: `answers` [{text, ids}] and `opened` (the prompt opens the reasoning); or `nll` and
+# `tokens` of the expected answer; or `chosen_logp` and `rejected_logp`.
+RequestType = Literal["answers", "likelihood", "pairs"]
 Outcome = dict[str, Any]
+Score = Callable[[Sequence[Question], Sequence[Outcome]], list[Part | None]]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of a report.
+    """A ratio over rows: Σ numerators / Σ denominators.
 
-    way: what has to be known of a row. answers: what the model said to it, as `answers` of {text, ids} and `opened`;
-        likelihood: `nll` and `tokens` of the expected answer; pairs: `chosen_logp` and `rejected_logp`.
-    score: questions and their outcomes -> what each adds to the figure's sum and to what the sum is divided by, or None
-        where the measure does not apply; columns: what it reads of a row; is_log: the figure is exp of that ratio.
+    request_type: the response that it needs for a row; score: questions and their outcomes -> each row's (numerator,
+    denominator), or None if the metric does not apply to the row; columns: row columns that it reads; is_log: the
+    reported value is exp of the ratio.
     """
 
     name: str
-    way: Way
-    score: Callable[[Sequence[Question], Sequence[Outcome]], list[Part | None]]
+    request_type: RequestType
+    score: Score
     columns: tuple[str, ...] = ()
     better: Literal["higher", "lower"] = "higher"
     is_log: bool = False
 
     def applies(self, question: Question) -> bool:
-        """Whether the row can be measured by it."""
-        if self.way == "pairs":
+        """Return True if the row has what the metric reads."""
+        if self.request_type == "pairs":
             return bool(question.row.responses)
-        if self.way == "likelihood":
-            return question.answered is not None
-        has = {name for name, value in question.columns.items() if value is not None}
-        return not question.row.responses and (has | {"images"}).issuperset(self.columns)
+        if self.request_type == "likelihood":
+            return question.with_answer is not None
+        present = {name for name, value in question.columns.items() if value is not None}
+        return not question.row.responses and (present | {"images"}).issuperset(self.columns)
 
-    def shown(self, figure: float) -> float:
-        """The figure as it is reported."""
-        return math.exp(figure) if self.is_log else figure
+    def reported(self, value: float) -> float:
+        """Convert a ratio to the reported value."""
+        return math.exp(value) if self.is_log else value
 
 
-def build_metrics(plan: blocks.Plan, *, cache: Path | None = None) -> list[Metric]:
-    """The measures of a plan, in its order; one metric may give several.
+def build_metrics(config: blocks.EvalConfig, *, cache: Path | None = None) -> list[Metric]:
+    """Build the metrics of a config, in its order; one block may give several.
 
-    cache: folder in which judges keep their verdicts. Raises RecipeError where two have the same name, or where a
-    metric asks for what is not there.
+    cache: folder for the verdicts of LLM judges. Raises RecipeError if two metrics have the same name, or if a metric
+    needs something that is missing.
     """
-    measures = [measure for block in plan.metrics for measure in _measures(block, cache)]
-    names = [measure.name for measure in measures]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        where = plan.where("metrics")
-        raise RecipeError.at(where, f"two measures are called {', '.join(twice)}", fix="give one of them a label:")
-    return measures
+    metrics = [metric for block in config.metrics for metric in _build(block, cache)]
+    names = [metric.name for metric in metrics]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        what = f"several metrics have the name {', '.join(repeated)}"
+        raise RecipeError.at(config.where("metrics"), what, fix="give one of them its own label:")
+    return metrics
 
 
-def _measures(block: Any, cache: Path | None) -> list[Metric]:
+def _build(block: Any, cache: Path | None) -> list[Metric]:
     name = block.label or block.name
     if isinstance(block, blocks.PerplexityMetric):
-        return [Metric(name, "likelihood", _nll, better="lower", is_log=True)]
+        nll = _per_row(lambda question, outcome: (outcome["nll"], outcome["tokens"]))
+        return [Metric(name, "likelihood", nll, better="lower", is_log=True)]
     if isinstance(block, blocks.PreferenceMetric):
-        return [Metric(name, "pairs", _preferred), Metric(f"{name}_margin", "pairs", _margin)]
+        margin = _per_row(lambda question, outcome: (outcome["chosen_logp"] - outcome["rejected_logp"], 1.0))
+        correct = _per_row(lambda question, outcome: (float(outcome["chosen_logp"] > outcome["rejected_logp"]), 1.0))
+        return [Metric(name, "pairs", correct), Metric(f"{name}_margin", "pairs", margin)]
     if isinstance(block, blocks.PassAtKMetric):
         (verifier,) = build_rewards([block.verifier], cache=cache)
         base = block.label or "pass_at"
         return [Metric(f"{base}_{k}", "answers", _pass_at(verifier, k), verifier.columns) for k in block.k]
     if isinstance(block, blocks.ThinkingLengthMetric):
-        return [Metric(name, "answers", _thinking_length(block.unit))]
-    if block.name in _TEXTUAL and not isinstance(block, blocks.CustomReward):
-        return [Metric(name, "answers", _mean_of(_TEXTUAL[block.name](block), block.column), (block.column,))]
+        return [Metric(name, "answers", _per_row(lambda question, outcome: _thinking_length(outcome, block.unit)))]
+    if block.name in _TEXT_SCORES and not isinstance(block, blocks.CustomReward):
+        score, column = _TEXT_SCORES[block.name](block), block.column
+        return [Metric(name, "answers", _per_row(partial(_text_score, score, column)), (column,))]
     (reward,) = build_rewards([block], cache=cache)
-    return [Metric(reward.name, "answers", _mean_reward(reward), reward.columns)]
+
+    def mean_reward(questions: Sequence[Question], outcomes: Sequence[Outcome]) -> list[Part | None]:
+        return [_mean(scores) for scores in _rewards(reward, questions, outcomes)]
+
+    return [Metric(reward.name, "answers", mean_reward, reward.columns)]
 
 
-# -- one row's part of a figure ---------------------------------------------------------------------------------------
+# -- (numerator, denominator) of each row -----------------------------------------------------------------------------
 
-_TEXTUAL: dict[str, Callable[[Any], Callable[[str, list[str]], float]]] = {
-    "anls": lambda block: lambda answer, expected: metrics.anls(answer, expected, threshold=block.threshold),
-    "relaxed_accuracy": lambda block: (
-        lambda answer, expected: metrics.relaxed_accuracy(answer, expected, tolerance=block.tolerance)
-    ),
-    "f1": lambda block: metrics.f1,
+_TEXT_SCORES: dict[str, Callable[[Any], Callable[[str, list[str]], float]]] = {
+    "anls": lambda block: partial(anls, threshold=block.threshold),
+    "relaxed_accuracy": lambda block: partial(relaxed_accuracy, tolerance=block.tolerance),
+    "f1": lambda block: f1,
 }
 
 
-def _nll(questions: Sequence[Question], outcomes: Sequence[Outcome]) -> list[Part | None]:
-    return [(outcome["nll"], outcome["tokens"]) for outcome in outcomes]
+def _per_row(score: Callable[[Question, Outcome], Part | None]) -> Score:
+    return lambda questions, outcomes: [score(*row) for row in zip(questions, outcomes, strict=True)]
 
 
-def _preferred(questions: Sequence[Question], outcomes: Sequence[Outcome]) -> list[Part | None]:
-    return [(float(outcome["chosen_logp"] > outcome["rejected_logp"]), 1.0) for outcome in outcomes]
+def _text_score(
+    score: Callable[[str, list[str]], float], column: str, question: Question, outcome: Outcome
+) -> Part | None:
+    expected = expected_texts(question.columns[column])
+    return _mean([score(answer_text(completion), expected) for completion in parsed_completions(outcome)])
 
 
-def _margin(questions: Sequence[Question], outcomes: Sequence[Outcome]) -> list[Part | None]:
-    return [(outcome["chosen_logp"] - outcome["rejected_logp"], 1.0) for outcome in outcomes]
+def _thinking_length(outcome: Outcome, unit: str) -> Part | None:
+    texts = [reasoning_text(completion) for completion in parsed_completions(outcome)]
+    return _mean([len(split_units(text, (), unit)) if text else None for text in texts])
 
 
-def _mean_of(score: Callable[[str, list[str]], float], column: str) -> Callable[..., list[Part | None]]:
+def _pass_at(verifier: Reward, k: int) -> Score:
     def parts(questions: Sequence[Question], outcomes: Sequence[Outcome]) -> list[Part | None]:
+        known = [[score for score in scores if score is not None] for scores in _rewards(verifier, questions, outcomes)]
         return [
-            _mean(
-                [
-                    score(answer_text(said), expected_texts(question.columns[column]))
-                    for said in parsed_completions(outcome)
-                ]
-            )
-            for question, outcome in zip(questions, outcomes, strict=True)
-        ]
-
-    return parts
-
-
-def _thinking_length(unit: str) -> Callable[..., list[Part | None]]:
-    def parts(questions: Sequence[Question], outcomes: Sequence[Outcome]) -> list[Part | None]:
-        return [
-            _mean(
-                [
-                    len(split_units(text, (), unit)) if (text := reasoning_text(said)) else None
-                    for said in parsed_completions(outcome)
-                ]
-            )
-            for outcome in outcomes
-        ]
-
-    return parts
-
-
-def _mean_reward(reward: Reward) -> Callable[..., list[Part | None]]:
-    def parts(questions: Sequence[Question], outcomes: Sequence[Outcome]) -> list[Part | None]:
-        return [_mean(scores) for scores in _scores(reward, questions, outcomes)]
-
-    return parts
-
-
-def _pass_at(verifier: Reward, k: int) -> Callable[..., list[Part | None]]:
-    def parts(questions: Sequence[Question], outcomes: Sequence[Outcome]) -> list[Part | None]:
-        judged = [[score for score in scores if score is not None] for scores in _scores(verifier, questions, outcomes)]
-        return [
-            (metrics.pass_at_k(len(scores), sum(score >= 1 for score in scores), k), 1.0) if len(scores) >= k else None
-            for scores in judged
+            (pass_at_k(len(scores), sum(score >= 1 for score in scores), k), 1.0) if len(scores) >= k else None
+            for scores in known
         ]
 
     return parts
 
 
 def _mean(scores: Sequence[float | None]) -> Part | None:
-    applying = [score for score in scores if score is not None]
-    return (math.fsum(applying) / len(applying), 1.0) if applying else None
+    known = [score for score in scores if score is not None]
+    return (math.fsum(known) / len(known), 1.0) if known else None
 
 
 def parsed_completions(outcome: Outcome) -> list[list[dict[str, Any]]]:
-    """The completions of an outcome as TRL hands them to rewards: messages, the reasoning apart."""
+    """Return an outcome's completions as TRL passes them to rewards: messages with separate reasoning."""
     return [[parse_completion(answer["text"], opened=outcome["opened"])] for answer in outcome["answers"]]
 
 
-def _scores(reward: Reward, questions: Sequence[Question], outcomes: Sequence[Outcome]) -> list[list[float | None]]:
-    """Of each row, of each of its answers: one call of the reward, as a trainer makes it."""
+def _rewards(reward: Reward, questions: Sequence[Question], outcomes: Sequence[Outcome]) -> list[list[float | None]]:
+    """Return the reward of each answer of each row, from one call with a trainer's arguments."""
     counts = [len(outcome["answers"]) for outcome in outcomes]
     repeated = [question for question, count in zip(questions, counts, strict=True) for _ in range(count)]
     names = {name for question in questions for name in question.columns}
@@ -181,34 +156,36 @@ def _scores(reward: Reward, questions: Sequence[Question], outcomes: Sequence[Ou
     absent = missing_columns([reward], columns)
     if absent:
         raise RecipeError(*absent)
-    prompts = [question.asked.plain[0] if question.asked.plain else question.asked.messages for question in repeated]
-    flat = iter(
+    scores = iter(
         reward(
-            prompts,
+            [question.prompt.plain[0] if question.prompt.plain else question.prompt.messages for question in repeated],
             [completion for outcome in outcomes for completion in parsed_completions(outcome)],
             **columns,
             completion_ids=[answer["ids"] for outcome in outcomes for answer in outcome["answers"]],
             trainer_state=None,
-            log_extra=lambda *args: None,  # a trainer's tables, which an evaluation does not have
+            log_extra=lambda *args: None,  # fills a trainer's completion table, which an evaluation does not have
             log_metric=lambda *args: None,
         )
     )
-    return [[next(flat) for _ in range(count)] for count in counts]
+    return [[next(scores) for _ in range(count)] for count in counts]
+
+
+# -- scores of one answer against its expected texts ------------------------------------------------------------------
 
 
 def anls(answer: str, expected: Sequence[str], *, threshold: float = 0.5) -> float:
-    """Normalized Levenshtein similarity to the nearest expected text, 0 where it is under the threshold.
+    """Normalized Levenshtein similarity to the closest expected text, or 0 if it is below the threshold.
 
-    s = max over e of 1 - lev(a, e) / max(|a|, |e|), both in lower case without white space around them.
-    Biten et al. (2019), Scene Text Visual Question Answering, ICCV; its mean over questions is ANLS. A similarity of
-    exactly the threshold counts, as in the benchmark's own script.
+    s = max over e of 1 - lev(a, e) / max(|a|, |e|), both in lower case with white space collapsed.
+    Biten et al. (2019), Scene Text Visual Question Answering, ICCV; ANLS is its mean over questions. A similarity equal
+    to the threshold counts, as in the benchmark's script.
     """
-    answer = _plain(answer)
-    similarity = max(_similarity(answer, _plain(one)) for one in expected)
+    answer = _normalize_space(answer)
+    similarity = max(_similarity(answer, _normalize_space(one)) for one in expected)
     return similarity if similarity >= threshold else 0.0
 
 
-def _plain(text: str) -> str:
+def _normalize_space(text: str) -> str:
     return " ".join(text.strip().lower().split())
 
 
@@ -218,33 +195,33 @@ def _similarity(one: str, other: str) -> float:
 
 
 def levenshtein(one: str, other: str) -> int:
-    """Fewest insertions, deletions and substitutions of a character that turn one text into the other."""
-    above = list(range(len(other) + 1))
+    """Return the fewest character insertions, deletions and substitutions that turn one text into the other."""
+    previous = list(range(len(other) + 1))
     for row, left in enumerate(one, start=1):
-        here = [row]
+        current = [row]
         for column, right in enumerate(other, start=1):
-            here.append(min(above[column] + 1, here[-1] + 1, above[column - 1] + (left != right)))
-        above = here
-    return above[-1]
+            current.append(min(previous[column] + 1, current[-1] + 1, previous[column - 1] + (left != right)))
+        previous = current
+    return previous[-1]
 
 
 def relaxed_accuracy(answer: str, expected: Sequence[str], *, tolerance: float = 0.05) -> float:
-    """1 if answer and expected are numbers at most `tolerance` of the expected one apart, or else the same text.
+    """Return 1 if both are numbers with |x - y| / |y| <= tolerance, y expected, or if both are the same text; else 0.
 
-    |x - y| / |y| <= tolerance; a percent sign divides by 100; an expected 0 is compared as text. Case does not matter.
-    Masry et al. (2022), ChartQA, Findings of ACL, with the parsing of its reference implementation in Pix2Struct.
+    A percent sign divides by 100; an expected 0 is compared as text; case is ignored.
+    Masry et al. (2022), ChartQA, Findings of ACL; numbers are parsed as in its reference implementation, Pix2Struct.
     """
-    return float(any(_near(answer.strip(), one.strip(), tolerance) for one in expected))
+    return float(any(_is_close(answer.strip(), one.strip(), tolerance) for one in expected))
 
 
-def _near(answer: str, expected: str, tolerance: float) -> bool:
-    given, wanted = _number(answer), _number(expected)
-    if given is not None and wanted:
-        return abs(given - wanted) / abs(wanted) <= tolerance
+def _is_close(answer: str, expected: str, tolerance: float) -> bool:
+    x, y = _parse_number(answer), _parse_number(expected)
+    if x is not None and y:
+        return abs(x - y) / abs(y) <= tolerance
     return answer.lower() == expected.lower()
 
 
-def _number(text: str) -> float | None:
+def _parse_number(text: str) -> float | None:
     try:
         value = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
@@ -253,13 +230,14 @@ def _number(text: str) -> float | None:
 
 
 def f1(answer: str, expected: Sequence[str]) -> float:
-    """2PR / (P + R) over the words shared with the expected text, of the nearest one.
+    """Word F1, 2PR / (P + R), against the expected text that gives the highest value.
 
-    P, R: share of the answer's, of the expected text's words that the other has; words in lower case, without
-    punctuation and a, an, the. Rajpurkar et al. (2016), SQuAD, EMNLP, as its evaluation script computes it.
+    P: share of the answer's words that the expected text contains; R: share of the expected text's words that the
+    answer contains. Words are in lower case, without punctuation and a, an, the. Rajpurkar et al. (2016), SQuAD, EMNLP,
+    as computed by its evaluation script.
     """
-    given = _words(answer)
-    return max(_word_f1(given, _words(one)) for one in expected)
+    words = _words(answer)
+    return max(_word_f1(words, _words(one)) for one in expected)
 
 
 def _words(text: str) -> list[str]:
@@ -267,18 +245,19 @@ def _words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
-def _word_f1(given: list[str], wanted: list[str]) -> float:
-    if not given or not wanted:
-        return float(given == wanted)
-    shared = (Counter(given) & Counter(wanted)).total()
-    return 2 * shared / (len(given) + len(wanted))  # 2PR / (P + R) with P = shared / given, R = shared / wanted
+def _word_f1(answer: list[str], expected: list[str]) -> float:
+    if not answer or not expected:
+        return float(answer == expected)
+    shared = (Counter(answer) & Counter(expected)).total()
+    return 2 * shared / (len(answer) + len(expected))  # 2PR / (P + R), P = shared / answer, R = shared / expected
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k): the chance that one of k of the n samples is among the c that passed.
+    """Probability that at least one of k samples drawn from the n is one of the c that passed.
 
-    Chen et al. (2021), Evaluating Large Language Models Trained on Code, arXiv:2107.03374, equation 1.
-    Raises ValueError for k over n.
+    1 - C(n - c, k) / C(n, k): Chen et al. (2021), Evaluating Large Language Models Trained on Code, arXiv:2107.03374,
+    equation 1.
+    Raises ValueError if k > n.
     """
     if k > samples:
         raise ValueError(f"pass@{k} of {samples} samples")

@@ -1,4 +1,4 @@
-"""What a checkpoint said to each row, kept line by line, so that a stopped evaluation goes on from the rows done."""
+"""The responses of one checkpoint on disk, one line each, so that an interrupted evaluation resumes."""
 
 from __future__ import annotations
 
@@ -14,83 +14,76 @@ from ernie_align.errors import DataError, RunError
 from ernie_align.evaluation.questions import Question
 from ernie_align.recipe.evaluation import GenerationBlock
 
-Key = tuple[str, int, int]  # way, row, sample
+_KEY = ("way", "row", "sample")  # keys of a line: the request type, the number of the question, the sample
 
 
 class ResponseCache:
-    """rows.jsonl of one checkpoint: a first line that says what was asked, then one line per row and sample.
+    """rows.jsonl of one checkpoint: a header with the fingerprint of the evaluation, then one line per row and sample.
 
-    Only what the model said or computed is kept; scores are derived from it, so that other metrics ask it nothing anew.
-    path: None keeps the lines in memory alone.
+    Lines hold only what the model generated or computed. Scores are derived from them, so other metrics need no new
+    responses. path: None keeps the lines in memory only.
+    lines: (request type, question number, sample) -> response.
     """
 
     def __init__(self, path: Path | None, *, fingerprint: str, checkpoint: str):
         self.path = path
         self.fingerprint = fingerprint
-        self.lines: dict[Key, dict[str, Any]] = {}
-        self.found = 0
+        self.lines: dict[tuple[str, int, int], dict[str, Any]] = {}
         if path is None:
             return
         if path.exists():
             self._read(path)
-        if not path.exists():  # nothing there, or not even a whole first line
+        if not path.exists():  # also if the file had no complete header
             path.parent.mkdir(parents=True, exist_ok=True)
             self._append([{"fingerprint": fingerprint, "checkpoint": checkpoint}])
 
     def _read(self, path: Path) -> None:
-        """Take over whole lines; a line that a crash cut off is taken off the file."""
+        """Read the complete lines, and truncate a last line that a crash cut off."""
         content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        head, *lines = [json.loads(line) for line in whole.splitlines()] or [None]
+        complete = content[: content.rfind(b"\n") + 1]
+        head, *lines = [json.loads(line) for line in complete.splitlines()] or [None]
         if head is None:
             path.unlink()
             return
         if head.get("fingerprint") != self.fingerprint:
-            what = "holds answers of another checkpoint, to other rows, or drawn in another way"
+            what = "contains responses of another checkpoint, to other rows, or with other generation settings"
             raise RunError.at(str(path), what, fix="name a new folder with --out, or remove this file")
-        if len(whole) < len(content):
+        if len(complete) < len(content):
             with path.open("r+b") as file:
-                file.truncate(len(whole))
-        self.lines = {_key(line): line for line in lines}
-        self.found = len(self.lines)
+                file.truncate(len(complete))
+        self.lines = {tuple(line.pop(name) for name in _KEY): line for line in lines}
 
-    def done(self, way: str, keys: Iterable[tuple[int, int]]) -> bool:
-        """Whether every one of these rows and samples is there already."""
-        return all((way, row, sample) in self.lines for row, sample in keys)
+    def has_all(self, request_type: str, numbers: Sequence[int], keys: Iterable[tuple[int, int]]) -> bool:
+        """Return True if the responses to all (row, sample) are cached. numbers: row -> number of the question."""
+        return all((request_type, numbers[row], sample) in self.lines for row, sample in keys)
 
-    def keep(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Add what is not there yet. lines: each with way, row and sample."""
-        new = {_key(line): line for line in lines if _key(line) not in self.lines}
+    def add(self, request_type: str, responses: Iterable[tuple[int, int, Any]]) -> None:
+        """Append (question number, sample, response) for responses that are not cached yet."""
+        new = {(request_type, row, sample): response for row, sample, response in responses}
+        new = {key: response if isinstance(response, dict) else vars(response) for key, response in new.items()}
+        new = {key: response for key, response in new.items() if key not in self.lines}
         self.lines |= new
         if self.path is not None:
-            self._append(list(new.values()))
+            self._append([dict(zip(_KEY, key, strict=True)) | response for key, response in new.items()])
 
     def _append(self, lines: Sequence[dict[str, Any]]) -> None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text)
 
-    def of(self, way: str, row: int, samples: int = 1) -> list[dict[str, Any]]:
-        """The lines of one row, sample by sample."""
-        return [self.lines[way, row, sample] for sample in range(samples)]
-
-
-def _key(line: dict[str, Any]) -> Key:
-    return line["way"], line["row"], line["sample"]
-
 
 def fingerprint(weights: str, dtype: str, questions: Sequence[Question], generation: GenerationBlock) -> str:
-    """Of everything an answer depends on: weights, rows with their images, and how answers are drawn.
+    """Hash everything a response depends on: weights, rows with their images, and generation settings.
 
-    The size of a batch is left out: it moves a logit by no more than rounding does.
+    The batch size is excluded: it changes a logit by rounding only.
     """
     digest = hashlib.sha256(f"{weights} {dtype}".encode())
-    drawn = generation.model_dump(exclude={"batch_size"})
-    digest.update(json.dumps(drawn, sort_keys=True).encode())
+    settings = generation.model_dump(exclude={"batch_size"})
+    digest.update(json.dumps(settings, sort_keys=True).encode())
     for question in questions:
         row = question.row
-        said = [row.messages, row.plain, row.tools, row.thinking, [vars(ending) for ending in row.responses]]
-        digest.update(json.dumps([said, question.columns.get("answer")], default=str, sort_keys=True).encode())
+        content = [row.messages, row.plain, row.tools, row.thinking, [vars(response) for response in row.responses]]
+        digest.update(json.dumps([content, question.columns.get("answer")], default=str, sort_keys=True).encode())
         for image in row.images:
             try:
                 digest.update(media.read_image_bytes(image))

@@ -1,4 +1,4 @@
-"""Which experts a checkpoint sends the questions' tokens to, layer by layer, and how many go elsewhere than before."""
+"""Routing of a checkpoint on the questions of an evaluation: expert load per layer, and changes from its baseline."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ernie_align.data.collate import Collator, model_inputs
-from ernie_align.data.render import Renderer
-from ernie_align.evaluation.generate import renderer_of
+from ernie_align.data.render import Renderer, renderer_of
 from ernie_align.evaluation.questions import Question, load_questions
 from ernie_align.models.load import Bundle
 from ernie_align.models.routing_stats import record_expert_choices
@@ -24,10 +23,10 @@ Router = tuple[int, str]  # layer, pool
 
 @dataclass(frozen=True)
 class RoutingSnapshot:
-    """Where tokens go.
+    """The experts chosen for every token of some prompts.
 
-    rows: how many were asked; ids: of each; chosen: router -> (N, k) experts of the N tokens of its pool, row by row,
-    in rising order; experts: router -> how many experts it has.
+    rows: number of prompts; ids: token ids of each; chosen: router -> (N, k) experts of the N tokens of its pool,
+    prompt by prompt, in ascending order; experts: router -> number of its experts.
     """
 
     rows: int
@@ -38,7 +37,7 @@ class RoutingSnapshot:
 
 @dataclass(frozen=True)
 class RoutedToken:
-    """One token of a prompt. pool: text or vision; experts: layer -> the experts of that pool it went to."""
+    """One token of a prompt. pool: text or vision; experts: layer -> the experts of that pool chosen for it."""
 
     text: str
     pool: str
@@ -46,23 +45,23 @@ class RoutedToken:
 
 
 def route(bundle: Bundle, data: str | Path, *, rows: int = 32) -> RoutingSnapshot | None:
-    """Where the tokens of the first questions of a file go. None for a model without routers.
+    """Record the routing of the first questions of a file. Return None for a model without routers.
 
-    Raises DataError for a row that cannot be asked.
+    Raises DataError for a row that cannot be rendered.
     """
     questions = list(load_questions(DataSetBlock(path=str(data), limit=rows)))
     return take_routing_snapshot(bundle, renderer_of(bundle), questions)
 
 
-def routed_tokens(bundle: Bundle, picture: RoutingSnapshot, row: int = 0) -> list[RoutedToken]:
-    """The tokens of one prompt of `picture`, which `bundle` was asked, and the experts of each."""
+def routed_tokens(bundle: Bundle, snapshot: RoutingSnapshot, row: int = 0) -> list[RoutedToken]:
+    """Return the tokens of one prompt of a snapshot of `bundle`, with the experts of each."""
     vision = bundle.modality.ids if bundle.modality else frozenset()
-    pools = [["vision" if token in vision else "text" for token in ids] for ids in picture.ids]
+    pools = [["vision" if token in vision else "text" for token in ids] for ids in snapshot.ids]
     before = {pool: sum(own.count(pool) for own in pools[:row]) for pool in ("text", "vision")}
     tokens = []
-    for token, pool in zip(picture.ids[row], pools[row], strict=True):
+    for token, pool in zip(snapshot.ids[row], pools[row], strict=True):
         experts = {
-            layer: chosen[before[pool]].tolist() for (layer, own), chosen in picture.chosen.items() if own == pool
+            layer: chosen[before[pool]].tolist() for (layer, own), chosen in snapshot.chosen.items() if own == pool
         }
         text = bundle.tokenizer.convert_ids_to_tokens(token).replace("▁", " ")
         tokens.append(RoutedToken(text, pool, experts))
@@ -71,13 +70,13 @@ def routed_tokens(bundle: Bundle, picture: RoutingSnapshot, row: int = 0) -> lis
 
 
 def first_of_each(questions: Sequence[Question], count: int) -> list[Question]:
-    """The first `count` questions of each data set."""
+    """Return the first `count` questions of each data set."""
     names = dict.fromkeys(question.data for question in questions)
     return [question for name in names for question in [q for q in questions if q.data == name][:count]]
 
 
 def take_routing_snapshot(bundle: Bundle, renderer: Renderer, questions: Sequence[Question]) -> RoutingSnapshot | None:
-    """One forward of each question's prompt, each on its own so that no padding is routed. None without routers."""
+    """Run each prompt in a forward pass of its own, so that no padding is routed. Return None without routers."""
     import torch
 
     device = next(bundle.model.parameters()).device
@@ -86,7 +85,7 @@ def take_routing_snapshot(bundle: Bundle, renderer: Renderer, questions: Sequenc
     ids, parts = [], {}
     experts: dict[Router, int] = {}
     for number, question in enumerate(questions):
-        prompt = vars(renderer.prompt(question.asked)) | {"rows": [0, number]}
+        prompt = vars(renderer.prompt(question.prompt)) | {"rows": [0, number]}
         ids.append(prompt["input_ids"])
         inputs = {name: values.to(device) for name, values in model_inputs(collate([prompt])).items()}
         with torch.no_grad(), record_expert_choices(bundle.model) as chosen:
@@ -101,22 +100,21 @@ def take_routing_snapshot(bundle: Bundle, renderer: Renderer, questions: Sequenc
 
 
 def _router(name: str) -> Router:
-    """Adapters put names of their own before the layer's: the layer and the pool are what two models share."""
+    """Return the layer and pool of a module name: adapters add prefixes, so whole names differ between models."""
     return int(re.search(r"\blayers\.(\d+)\.", name)[1]), "vision" if ".vision_moe." in name else "text"
 
 
-def describe(picture: RoutingSnapshot, first: RoutingSnapshot | None = None) -> dict[str, Any]:
-    """Load of each expert, experts that no token chose, and the share of tokens that go elsewhere than in `first`.
+def describe(snapshot: RoutingSnapshot, baseline: RoutingSnapshot | None = None) -> dict[str, Any]:
+    """Return the load of each expert, unused experts, and the share of tokens routed differently from the baseline.
 
-    load: of the slots that the tokens of a layer and pool fill, the share of each expert; they sum to 1, and an even
-    load is 1 / experts. flipped: share of tokens whose set of experts differs; None without a first, or with other
-    tokens in it.
+    load: share of a layer's and pool's (token, expert) choices that each expert gets; sums to 1, and 1 / experts is an
+    even load. flipped: share of tokens whose set of experts differs; None without a baseline, or if its tokens differ.
     """
-    comparable = first is not None and first.ids == picture.ids and first.experts == picture.experts
+    comparable = baseline is not None and baseline.ids == snapshot.ids and baseline.experts == snapshot.experts
     layers = []
-    for (layer, pool), chosen in picture.chosen.items():
-        counts = chosen.flatten().bincount(minlength=picture.experts[layer, pool])
-        flips = int((chosen != first.chosen[layer, pool]).any(dim=-1).sum()) if comparable else None
+    for (layer, pool), chosen in snapshot.chosen.items():
+        counts = chosen.flatten().bincount(minlength=snapshot.experts[layer, pool])
+        flips = int((chosen != baseline.chosen[layer, pool]).any(dim=-1).sum()) if comparable else None
         layers.append(
             {
                 "layer": layer,
@@ -127,11 +125,11 @@ def describe(picture: RoutingSnapshot, first: RoutingSnapshot | None = None) -> 
                 "flipped": flips / len(chosen) if comparable and len(chosen) else None,
             }
         )
-    return {"rows": picture.rows, "layers": layers, "flipped": _by_pool(layers) if comparable else None}
+    return {"rows": snapshot.rows, "layers": layers, "flipped": _by_pool(layers) if comparable else None}
 
 
 def _by_pool(layers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Over all layers of a pool, by their tokens."""
+    """Return pool -> share of flipped tokens over all its layers, weighted by tokens."""
     shares = {}
     for pool in dict.fromkeys(layer["pool"] for layer in layers):
         own = [layer for layer in layers if layer["pool"] == pool and layer["tokens"]]

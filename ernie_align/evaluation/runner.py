@@ -1,10 +1,10 @@
-"""One checkpoint and the questions of a plan -> its figures, and what it said to each row."""
+"""Run one checkpoint on the questions of an evaluation: collect its responses, score them and aggregate the scores."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from ernie_align.data.render import Renderer
@@ -13,38 +13,44 @@ from ernie_align.errors import DataError
 from ernie_align.evaluation.generate import Sampling, generate_answers
 from ernie_align.evaluation.intervals import Part, bootstrap_interval, is_rate, ratio, wilson_interval
 from ernie_align.evaluation.likelihood import answer_nlls, pair_logps
-from ernie_align.evaluation.metrics import Metric, Outcome
+from ernie_align.evaluation.metrics import Metric, Outcome, RequestType
 from ernie_align.evaluation.questions import Question
 from ernie_align.evaluation.response_cache import ResponseCache
 from ernie_align.models.load import Bundle
-from ernie_align.recipe.evaluation import GenerationBlock, Plan
+from ernie_align.recipe.evaluation import GenerationBlock
 
-Tick = Callable[[int, int], None]
-Table = dict[str, list[Part | None]]  # measure -> of each question
+Requests = dict[RequestType, list[int]]  # request type -> numbers of the questions
+Groups = dict[tuple[str, str], list[int]]  # (data set, kind) -> numbers of the questions
+Table = dict[str, list[Part | None]]  # metric -> (numerator, denominator) of each question
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measure of one kind of question in one data set; kind `all` is all of several.
+    """One metric over one kind of question in one data set; kind `all` is every kind together.
 
-    value: Σ over rows / n, or exp of the mean negative log-likelihood; interval: 95 %, by Wilson's score for rates,
-    else over draws of rows.
+    value: the ratio over n rows, or exp of the mean negative log-likelihood; interval: 95 %, Wilson's score for rates,
+    otherwise a bootstrap over rows.
     """
 
     data: str
     kind: str
-    measure: str
+    metric: str
     n: int
     value: float
     interval: tuple[float, float]
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the report's keys, in which the metric's name is called `measure`."""
+        values = asdict(self) | {"interval": list(self.interval)}
+        return {"measure" if key == "metric" else key: value for key, value in values.items()}
+
 
 @dataclass(frozen=True)
-class Result:
-    """What was measured of one checkpoint.
+class CheckpointResult:
+    """The responses and scores of one checkpoint.
 
-    table: measure -> what each question adds to it; outcomes: of each question, what the model said or computed;
-    seconds, asked: of this call alone, without the rows that were done before.
+    table: metric -> (numerator, denominator) of each question; outcomes: the model's response to each question;
+    seconds, new_responses: of this call; cached responses are not counted.
     """
 
     checkpoint: str
@@ -53,170 +59,131 @@ class Result:
     table: Table = field(repr=False)
     outcomes: list[Outcome] = field(repr=False)
     seconds: float = 0.0
-    asked: int = 0
+    new_responses: int = 0
 
 
-def wanted(questions: Sequence[Question], measures: Sequence[Metric]) -> dict[str, list[int]]:
-    """Way -> numbers of the questions that some measure wants it for.
+def plan_requests(questions: Sequence[Question], metrics: Sequence[Metric]) -> Requests:
+    """Return request type -> numbers of the questions for which some metric needs it.
 
-    Raises DataError for a question of which nothing can be measured.
+    Raises DataError for a question to which no metric applies.
     """
-    ways: dict[str, list[int]] = {"answers": [], "likelihood": [], "pairs": []}
+    requests: Requests = {"answers": [], "likelihood": [], "pairs": []}
     for number, question in enumerate(questions):
-        own = dict.fromkeys(measure.way for measure in measures if measure.applies(question))
-        if not own:
-            reads = "; ".join(f"{measure.name} reads {_reads(measure)}" for measure in measures)
-            what = f"nothing can be measured: {reads}"
-            raise DataError.at(question.place, what, fix=f"the row has {', '.join(question.columns) or 'no columns'}")
-        for way in own:
-            ways[way].append(number)
-    return ways
+        needed = dict.fromkeys(metric.request_type for metric in metrics if metric.applies(question))
+        if not needed:
+            reads = "; ".join(f"{metric.name} reads {_required_data(metric)}" for metric in metrics)
+            fix = f"the row has {', '.join(question.columns) or 'no columns'}"
+            raise DataError.at(question.place, f"no metric applies to this row: {reads}", fix=fix)
+        for request_type in needed:
+            requests[request_type].append(number)
+    return requests
 
 
-def _reads(measure: Metric) -> str:
-    by_way = {"pairs": "chosen and rejected", "likelihood": "an expected answer"}
-    return by_way.get(measure.way) or ", ".join(measure.columns) or "a question"
+def _required_data(metric: Metric) -> str:
+    by_type = {"pairs": "chosen and rejected", "likelihood": "an expected answer"}
+    return by_type.get(metric.request_type) or ", ".join(metric.columns) or "a question"
 
 
-def ask(
+def collect_responses(
     bundle: Bundle,
     renderer: Renderer,
     questions: Sequence[Question],
-    ways: dict[str, list[int]],
-    plan: Plan,
-    ledger: ResponseCache,
-    tick: Tick = lambda done, total: None,
-) -> int:
-    """Have the model answer every question that is not in the ledger yet; how many lines that added.
-
-    Raises DataError for a row that cannot be asked, ModelError where an image does not reach the vision experts.
-    """
-    samples = plan.generation.samples
-    total = len(ways["answers"]) * samples + len(ways["likelihood"]) + len(ways["pairs"])
-    before = len(ledger.lines)
-    tick(before, total)
-    try:
-        for lines in _lines(bundle, renderer, questions, ways, plan.generation, ledger):
-            ledger.keep(lines)
-            tick(len(ledger.lines), total)
-    except RowFault as fault:
-        names = ", ".join(dict.fromkeys(question.data for question in questions))
-        raise DataError.at(names, fault.what, fix=fault.fix) from None
-    return len(ledger.lines) - before
-
-
-def _lines(
-    bundle: Bundle,
-    renderer: Renderer,
-    questions: Sequence[Question],
-    ways: dict[str, list[int]],
+    requests: Requests,
     generation: GenerationBlock,
-    ledger: ResponseCache,
-) -> Iterator[list[dict[str, Any]]]:
-    def skipper(way: str) -> Callable[[list[tuple[int, int]]], bool]:
-        return lambda keys: ledger.done(way, [(ways[way][number], sample) for number, sample in keys])
+    cache: ResponseCache,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Run every request that is not cached, and return the number of new responses.
 
-    size = generation.batch_size
-    drawn = Sampling(generation.max_new_tokens, generation.temperature, generation.top_p, generation.seed)
-    asked = [questions[number].asked for number in ways["answers"]]
-    for batch in generate_answers(
-        bundle, renderer, asked, sampling=drawn, samples=generation.samples, batch_size=size, skip=skipper("answers")
-    ):
-        yield [
-            {
-                "way": "answers",
-                "row": ways["answers"][number],
-                "sample": sample,
-                "text": said.text,
-                "ids": said.ids,
-                "opened": renderer.opens_thinking(asked[number]),
-            }
-            for number, sample, said in batch
-        ]
-    answered = [questions[number].answered for number in ways["likelihood"]]
-    for batch in answer_nlls(bundle, renderer, answered, batch_size=size, skip=skipper("likelihood")):
-        yield [
-            {"way": "likelihood", "row": ways["likelihood"][number], "sample": 0, "nll": nll, "tokens": tokens}
-            for number, nll, tokens in batch
-        ]
-    paired = [questions[number].row for number in ways["pairs"]]
-    for batch in pair_logps(bundle, renderer, paired, batch_size=size, skip=skipper("pairs")):
-        yield [
-            {"way": "pairs", "row": ways["pairs"][number], "sample": 0, "chosen_logp": better, "rejected_logp": worse}
-            for number, better, worse in batch
-        ]
+    Raises DataError for a row that cannot be rendered, ModelError if an image does not reach the vision experts.
+    """
+    sampling = Sampling(generation.max_new_tokens, generation.temperature, generation.top_p, generation.seed)
+    runs = {  # request type -> (the row to run, the function that runs it)
+        "answers": ("prompt", partial(generate_answers, sampling=sampling, samples=generation.samples)),
+        "likelihood": ("with_answer", answer_nlls),
+        "pairs": ("row", pair_logps),
+    }
+    total = sum(
+        len(numbers) * (generation.samples if request_type == "answers" else 1)
+        for request_type, numbers in requests.items()
+    )
+    before = len(cache.lines)
+    tick(before, total)
+    for request_type, (form, run) in runs.items():
+        numbers = requests[request_type]
+        rows = [getattr(questions[number], form) for number in numbers]
+        skip = partial(cache.has_all, request_type, numbers)
+        try:
+            for batch in run(bundle, renderer, rows, batch_size=generation.batch_size, skip=skip):
+                cache.add(request_type, [(numbers[row], sample, response) for row, sample, response in batch])
+                tick(len(cache.lines), total)
+        except RowFault as fault:
+            names = ", ".join(dict.fromkeys(question.data for question in questions))
+            raise DataError.at(names, fault.what, fix=fault.fix) from None
+    return len(cache.lines) - before
 
 
-def outcomes_of(ledger: ResponseCache, ways: dict[str, list[int]], count: int, samples: int) -> list[Outcome]:
-    """Of each of `count` questions, everything the ledger holds about it."""
+def outcomes_from_cache(cache: ResponseCache, requests: Requests, count: int, samples: int) -> list[Outcome]:
+    """Return the cached responses to each of `count` questions."""
     outcomes: list[Outcome] = [{} for _ in range(count)]
-    for row in ways["answers"]:
-        lines = ledger.of("answers", row, samples)
-        outcomes[row]["answers"] = [{"text": line["text"], "ids": line["ids"]} for line in lines]
-        outcomes[row]["opened"] = lines[0]["opened"]
-    for way in ("likelihood", "pairs"):
-        for row in ways[way]:
-            (line,) = ledger.of(way, row)
-            outcomes[row] |= {key: value for key, value in line.items() if key not in ("way", "row", "sample")}
+    for number in requests["answers"]:
+        answers = [cache.lines["answers", number, sample] for sample in range(samples)]
+        outcomes[number] |= {"answers": answers, "opened": answers[0]["opened"]}
+    for number in requests["likelihood"]:
+        outcomes[number] |= cache.lines["likelihood", number, 0]
+    for number in requests["pairs"]:
+        outcomes[number] |= cache.lines["pairs", number, 0]
     return outcomes
 
 
-def table_of(questions: Sequence[Question], outcomes: Sequence[Outcome], measures: Sequence[Metric]) -> Table:
-    """Each measure's part of each question."""
+def score_outcomes(questions: Sequence[Question], outcomes: Sequence[Outcome], metrics: Sequence[Metric]) -> Table:
+    """Return each metric's (numerator, denominator) of each question, None where it does not apply."""
     table: Table = {}
-    for measure in measures:
-        own = [number for number, question in enumerate(questions) if measure.applies(question)]
+    for metric in metrics:
+        numbers = [number for number, question in enumerate(questions) if metric.applies(question)]
         parts: list[Part | None] = [None] * len(questions)
-        found = measure.score([questions[number] for number in own], [outcomes[number] for number in own])
-        for number, part in zip(own, found, strict=True):
+        scores = metric.score([questions[number] for number in numbers], [outcomes[number] for number in numbers])
+        for number, part in zip(numbers, scores, strict=True):
             parts[number] = part
-        table[measure.name] = parts
+        table[metric.name] = parts
     return table
 
 
-def groups_of(questions: Sequence[Question]) -> dict[tuple[str, str], list[int]]:
-    """(data set, kind) -> its questions, kinds in alphabetical order and then `all` of a data set with several."""
-    groups: dict[tuple[str, str], list[int]] = {}
+def group_questions(questions: Sequence[Question]) -> Groups:
+    """Return (data set, kind) -> question numbers: kinds in alphabetical order, then `all` if there are several."""
+    groups: Groups = {}
     for data in dict.fromkeys(question.data for question in questions):
-        own = [number for number, question in enumerate(questions) if question.data == data]
-        kinds = sorted({questions[number].kind for number in own} - {"all"})
+        numbers = [number for number, question in enumerate(questions) if question.data == data]
+        kinds = sorted({questions[number].kind for number in numbers} - {"all"})
         for kind in kinds:
-            groups[data, kind] = [number for number in own if questions[number].kind == kind]
-        groups[data, "all"] = own
-        if len(kinds) == 1 and len(groups[data, kinds[0]]) == len(own):
+            groups[data, kind] = [number for number in numbers if questions[number].kind == kind]
+        groups[data, "all"] = numbers
+        if len(kinds) == 1 and len(groups[data, kinds[0]]) == len(numbers):
             del groups[data, "all"]
     return groups
 
 
-def figures_of(
-    table: Table, groups: dict[tuple[str, str], list[int]], measures: Sequence[Metric]
-) -> tuple[Figure, ...]:
-    """Every measure of every group that it applies to."""
+def compute_figures(table: Table, groups: Groups, metrics: Sequence[Metric]) -> tuple[Figure, ...]:
+    """Aggregate every metric over every group that it applies to."""
     figures = []
-    for (data, kind), rows in groups.items():
-        for measure in measures:
-            parts = [part for row in rows if (part := table[measure.name][row]) is not None]
+    for (data, kind), numbers in groups.items():
+        for metric in metrics:
+            parts = [part for number in numbers if (part := table[metric.name][number]) is not None]
             if parts:
                 interval = (
                     wilson_interval(sum(int(a) for a, _ in parts), len(parts))
                     if is_rate(parts)
                     else bootstrap_interval(parts)
                 )
-                low, high = map(measure.shown, interval)
-                value = measure.shown(ratio(parts))
-                figures.append(Figure(data, kind, measure.name, len(parts), value, (low, high)))
+                low, high = map(metric.reported, interval)
+                value = metric.reported(ratio(parts))
+                figures.append(Figure(data, kind, metric.name, len(parts), value, (low, high)))
     return tuple(figures)
 
 
 def to_accelerator(model: Any) -> None:
-    """Where there is one."""
+    """Move a model to the GPU if there is one."""
     import torch
 
     if torch.cuda.is_available():
         model.to("cuda")
-
-
-def name_of(checkpoint: str | Path) -> str:
-    """runs/demo/digits-sft/final -> digits-sft."""
-    path = Path(checkpoint)
-    return path.parent.name if path.name == "final" else path.name

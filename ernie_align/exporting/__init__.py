@@ -1,4 +1,4 @@
-"""A run, an adapter or a model -> a folder that serves it, proved equal before it appears."""
+"""Export a run, an adapter or a model to a folder that can be served, after checking that it gives equal answers."""
 
 from ernie_align.exporting.write import Export, export
 

@@ -1,35 +1,42 @@
-"""The life of an export: origin -> weights in a hidden folder -> proof -> one rename."""
+"""Write an export: load the source, save its weights to a hidden folder, check them, rename the folder."""
 
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
-import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from ernie_align.checkpoints import flush_to_disk
+from ernie_align.data.render import renderer_of
 from ernie_align.errors import AlignError, ExportError
-from ernie_align.evaluation.generate import renderer_of
-from ernie_align.exporting.card import card
-from ernie_align.exporting.hub import check_push, push_folder
-from ernie_align.exporting.merge import Accumulate, digests, merge
-from ernie_align.exporting.origin import Origin
-from ernie_align.exporting.prompts import Prompts, choose
-from ernie_align.exporting.proof import BOUNDS, Bound, Difference, Said, ask, compare, exceeds
+from ernie_align.exporting.parity import BOUNDS, Bound, Difference, Prompts, choose_prompts, compare, run_prompts
+from ernie_align.exporting.source import ExportSource
 from ernie_align.models.load import Bundle, load_model
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel
+
 What = Literal["merged", "adapter"]
-PROOF = "export.json"  # beside the weights: what was exported, and what was compared
+Accumulate = Literal["float32", "native"]
+EXPORT_FILE = "export.json"  # next to the weights: what was exported, and the result of the comparison
 _VISION_AS_SAVED, _VISION_ON_THE_HUB = "model.vision_model.", "vision_model."
+_PIPELINES = {"vl_moe": "image-text-to-text", "moe": "text-generation", "dense": "text-generation"}
+_TIMING_METRICS = ("runtime", "per_second", "epoch", "num_tokens")
 
 
 @dataclass(frozen=True)
 class Export:
-    """A finished export. difference: of what was written from what it was made from."""
+    """A finished export. difference: between what was written and its source."""
 
     folder: Path
     what: What
@@ -49,52 +56,52 @@ def export(
     push: str | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Export:
-    """Write a run, an adapter or a model to a new folder, which appears only once it is proved.
+    """Write a run, an adapter or a model to a new folder, which appears only after the written model is checked.
 
-    source: a run directory, its `final`, one of its checkpoints, a folder or a hub id; what: merged is the whole model,
-    adapter the adapter alone in PEFT's format; shard_size: of the weight files; accumulate: see merge; dtype: of the
-    merged weights, `auto` for the base's own; bound: instead of that of proof.BOUNDS; push: hub repository to upload
-    the finished folder to; say: told each line of progress.
-    Raises ExportError where `to` exists, where what was written says something else than the source beyond the bound,
-    or where the upload fails (the folder then stays); ModelError where the adapter does not load whole.
+    source: a run directory, its `final`, one of its checkpoints, a folder or a hub id; what: `merged` writes the whole
+    model, `adapter` only the adapter in PEFT's format; shard_size: of the weight files; accumulate: see merge; dtype:
+    of the merged weights, `auto` for the base's own; bound: replaces the value in parity.BOUNDS; push: hub repository
+    to upload the finished folder to; log: called with each line of progress.
+    Raises ExportError if `to` exists, if the written model differs from the source by more than the bound, or if the
+    upload fails (the folder then stays); ModelError if the adapter does not load completely.
     """
     folder = Path(to)
     if folder.exists() or folder.is_symlink():
-        raise ExportError.at(str(folder), "exists already", fix="name a new folder: nothing is overwritten")
+        raise ExportError.at(str(folder), "already exists", fix="name a new folder: nothing is overwritten")
     if push is not None:
-        check_push(push)
-    origin = Origin.find(source)
-    made_from = f"{origin.files.name}, an adapter on {origin.base.name}" if origin.is_adapter else origin.files.name
+        _check_push(push)
+    origin = ExportSource.find(source)
+    base = f", an adapter on {origin.base.name}" if origin.is_adapter else ""
     if what == "adapter" and not origin.is_adapter:
-        what_is = f"{origin.files.name} is a model without an adapter"
-        raise ExportError.at(str(source), what_is, fix="export it with --what merged")
+        no_adapter = f"{origin.files.name} is a model without an adapter"
+        raise ExportError.at(str(source), no_adapter, fix="export it with --what merged")
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was cut off
+    shutil.rmtree(partial, ignore_errors=True)  # left by an export that was interrupted
     partial.mkdir(parents=True)
-    log(f"exporting {made_from}")
+    log(f"exporting {origin.files.name}{base}")
     try:
-        made = _Making(origin, partial, what, accumulate, log).make(dtype, shard_size)
-        limit = BOUNDS[made.dtype]
-        limit = limit if bound is None else replace(limit, value=bound, why="asked for")
-        _judge(made, origin, limit, log)
-        facts = _facts(made, origin, source, limit)
-        (partial / PROOF).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(card(origin, facts, name=folder.name), encoding="utf-8")
+        result = _write_and_compare(origin, partial, what, accumulate, dtype, shard_size, log)
+        limit = BOUNDS[result.dtype]
+        limit = limit if bound is None else replace(limit, value=bound, why="set by --bound")
+        _check_difference(result, origin, limit, log)
+        facts = _facts(result, origin, source, limit)
+        (partial / EXPORT_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(_render_card(origin, facts, name=folder.name), encoding="utf-8")
         _flush(partial)
         if folder.exists():
-            raise ExportError.at(str(folder), "was made by somebody else meanwhile", fix="name a new folder")
+            raise ExportError.at(str(folder), "was created by another process meanwhile", fix="name a new folder")
         partial.rename(folder)
     except AlignError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     log(f"written: {folder}")
     if push is not None:
-        log(f"uploaded: {push_folder(folder, push)}")
-    return Export(folder, what, made.dtype, made.difference)
+        log(f"uploaded: {_push_folder(folder, push)}")
+    return Export(folder, what, result.dtype, result.difference)
 
 
 @dataclass(frozen=True)
-class _Made:
+class _Result:
     what: What
     accumulate: Accumulate | None
     dtype: str
@@ -104,50 +111,35 @@ class _Made:
     tensors: int
 
 
-@dataclass(frozen=True)
-class _Making:
-    """Model in, files out, model in again: one model is held at a time."""
-
-    origin: Origin
-    folder: Path
-    what: What
-    accumulate: Accumulate
-    log: Callable[[str], None]
-
-    def make(self, dtype: str, shard_size: str) -> _Made:
-        origin, thinking = self.origin, self.origin.recipe is not None and self.origin.recipe.data.thinking
-        bundle = _load(origin.files.name, dtype)
-        own_dtype = str(next(bundle.model.parameters()).dtype).removeprefix("torch.")
-        prompts = choose(origin.recipe, renderer_of(bundle, thinking=thinking))
-        self.log(f"comparing on {prompts}")
-        before, without = ask(bundle, prompts.rows, thinking=thinking), None
-        if origin.is_adapter:
-            with bundle.model.disable_adapter():
-                without = compare(before, ask(bundle, prompts.rows, thinking=thinking, continued=False))
-        wanted = self._write(bundle, shard_size)
-        del bundle
-        gc.collect()  # modules and hooks refer to one another, and there may be no room for a second model
-        written = _load(str(self.folder), own_dtype)
-        if self.what == "merged" and digests(written.model) != wanted:
-            fix = "this is a fault of the toolkit, of transformers or of the disk: report it"
-            raise ExportError.at(str(self.folder), "the weights read back are not those that were written", fix=fix)
-        after: Said = ask(written, prompts.rows, thinking=thinking)
-        rounds = self.accumulate if self.what == "merged" and origin.is_adapter else None
-        return _Made(self.what, rounds, own_dtype, prompts, compare(before, after), without, len(wanted))
-
-    def _write(self, bundle: Bundle, shard_size: str) -> dict[str, str]:
-        """The weights and whatever they need to be loaded. Of merged weights, their digests."""
-        if self.what == "adapter":
-            for name in ("adapter_config.json", "adapter_model.safetensors"):
-                shutil.copyfile(self.origin.files.folder / name, self.folder / name)
-            self.origin.files.copy_processor(self.folder)
-            return {}
-        if self.origin.is_adapter:
-            bundle.model = merge(bundle.model, accumulate=self.accumulate)
-        bundle.model.save_pretrained(self.folder, max_shard_size=shard_size)
-        _name_vision_weights_as_the_hub_does(self.folder)
-        bundle.save_processor(str(self.folder))
-        return digests(bundle.model)
+def _write_and_compare(
+    source: ExportSource,
+    folder: Path,
+    what: What,
+    accumulate: Accumulate,
+    dtype: str,
+    shard_size: str,
+    log: Callable[[str], None],
+) -> _Result:
+    """Load the source, write it, load the result and compare; only one model is in memory at a time."""
+    thinking = source.recipe is not None and source.recipe.data.thinking
+    bundle = _load(source.files.name, dtype)
+    dtype = str(next(bundle.model.parameters()).dtype).removeprefix("torch.")
+    prompts = choose_prompts(source.recipe, renderer_of(bundle, thinking=thinking))
+    log(f"comparing on {prompts}")
+    before, without = run_prompts(bundle, prompts.rows, thinking=thinking), None
+    if source.is_adapter:
+        with bundle.model.disable_adapter():
+            without = compare(before, run_prompts(bundle, prompts.rows, thinking=thinking, generate=False))
+    digests = _write_weights(source, bundle, folder, what, accumulate, shard_size)
+    del bundle
+    gc.collect()  # modules and hooks refer to one another, and memory may not hold a second model
+    written = _load(str(folder), dtype)
+    if what == "merged" and weight_digests(written.model) != digests:
+        fix = "this is a bug in ernie-align or transformers, or a disk failure: report it"
+        raise ExportError.at(str(folder), "the weights read back differ from those that were written", fix=fix)
+    difference = compare(before, run_prompts(written, prompts.rows, thinking=thinking))
+    accumulated = accumulate if what == "merged" and source.is_adapter else None
+    return _Result(what, accumulated, dtype, prompts, difference, without, len(digests))
 
 
 def _load(name: str, dtype: str) -> Bundle:
@@ -159,14 +151,62 @@ def _load(name: str, dtype: str) -> Bundle:
     return bundle
 
 
-def _name_vision_weights_as_the_hub_does(folder: Path) -> None:
-    """transformers writes `model.vision_model.*` where the published checkpoints have `vision_model.*`."""
+def _write_weights(
+    source: ExportSource, bundle: Bundle, folder: Path, what: What, accumulate: Accumulate, shard_size: str
+) -> dict[str, str]:
+    """Write the weights and the files needed to load them. Return the digests of merged weights."""
+    if what == "adapter":
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(source.files.folder / name, folder / name)
+        source.files.copy_processor(folder)
+        return {}
+    if source.is_adapter:
+        bundle.model = merge(bundle.model, accumulate=accumulate)
+    bundle.model.save_pretrained(folder, max_shard_size=shard_size)
+    _rename_vision_weights(folder)
+    bundle.save_processor(str(folder))
+    return weight_digests(bundle.model)
+
+
+def merge(model: PeftModel, *, accumulate: Accumulate = "float32") -> PreTrainedModel:
+    """Add the adapter to its weights, W <- W + scaling · B·A, and return the base model without adapter layers.
+
+    accumulate: `float32` computes product and sum in float32 and rounds once to W's dtype; `native` is PEFT's own way,
+    which rounds the product for experts, routers and other bare parameters before adding it.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            weight = getattr(module.get_base_layer(), getattr(module, "parameter_name", "weight"))
+            dtype = weight.dtype
+            if accumulate == "float32":
+                weight.data = weight.data.float()
+            module.merge()
+            weight.data = weight.data.to(dtype)
+    return model.unload()
+
+
+def weight_digests(model: nn.Module) -> dict[str, str]:
+    """Return the SHA-256 of dtype, shape and bits of each parameter, by name."""
+    import torch
+
+    digests = {}
+    for name, parameter in model.named_parameters():
+        digest = hashlib.sha256(f"{parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digests[name] = digest.hexdigest()
+    return digests
+
+
+def _rename_vision_weights(folder: Path) -> None:
+    """Rename `model.vision_model.*`, as transformers saves it, to the published checkpoints' `vision_model.*`."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
     for shard in folder.glob("*.safetensors"):
         with safe_open(shard, framework="pt") as file:
-            if not any(name.startswith(_VISION_AS_SAVED) for name in file.keys()):  # noqa: SIM118 (no mapping)
+            if not any(name.startswith(_VISION_AS_SAVED) for name in file.keys()):  # noqa: SIM118 (not a mapping)
                 continue
             weights = {_hub_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         save_file(weights, shard, metadata={"format": "pt"})
@@ -181,51 +221,110 @@ def _hub_name(name: str) -> str:
     return name.replace(_VISION_AS_SAVED, _VISION_ON_THE_HUB, 1) if name.startswith(_VISION_AS_SAVED) else name
 
 
-def _judge(made: _Made, origin: Origin, bound: Bound, log: Callable[[str], None]) -> None:
-    found = made.difference
-    if made.tensors:
-        log(f"{made.tensors} tensors read back, each bit for bit what was written")
+def _check_difference(result: _Result, source: ExportSource, bound: Bound, log: Callable[[str], None]) -> None:
+    difference = result.difference
+    if result.tensors:
+        log(f"{result.tensors} tensors read back, each bit-identical to what was written")
+    if result.what == "adapter":
+        compared = "written adapter against the source adapter"
+    else:
+        compared = "merged model against base and adapter" if source.is_adapter else "written model against the source"
     log(
-        f"{_compared(made, origin)}: worst difference of logits {found.worst_difference:.3g} (largest logit "
-        f"{found.largest_logit:.3g}), mean KL {found.mean_kl:.3g} nats a token, same likeliest token at "
-        f"{100 * found.same_top:.1f} % of {found.positions} positions, same greedy continuation of "
-        f"{found.same_texts} of {found.prompts} prompts"
+        f"{compared}: worst difference of logits {difference.worst_difference:.3g} (largest logit "
+        f"{difference.largest_logit:.3g}), mean KL {difference.mean_kl:.3g} nats per token, same most likely token at "
+        f"{100 * difference.same_top:.1f} % of {difference.positions} positions, same greedy continuation of "
+        f"{difference.same_texts} of {difference.prompts} prompts"
     )
-    if made.without_adapter is not None and made.what == "merged":
-        log(f"for scale: the adapter itself moves the model by a mean KL of {made.without_adapter.mean_kl:.3g} nats")
-    fault = exceeds(found, bound)
-    if fault is not None:
-        ways = ["keep the adapter apart with --what adapter", "accept it with --bound"]
-        if made.dtype == "bfloat16" and made.what == "merged":
-            ways.insert(0, "write the weights with --dtype float32 (twice the size, rounded by nothing)")
-        raise ExportError.at(str(origin.files.name), fault, why=bound.why, fix=", or ".join(ways))
+    if result.without_adapter is not None and result.what == "merged":
+        kl = result.without_adapter.mean_kl
+        log(f"for comparison: the adapter itself changes the model by a mean KL of {kl:.3g} nats")
+    violation = bound.violation(difference)
+    if violation is not None:
+        fixes = ["export the adapter alone with --what adapter", "accept the difference with --bound"]
+        if result.dtype == "bfloat16" and result.what == "merged":
+            fixes.insert(0, "write the weights with --dtype float32 (twice the size, no rounding)")
+        raise ExportError.at(str(source.files.name), violation, why=bound.why, fix=", or ".join(fixes))
 
 
-def _compared(made: _Made, origin: Origin) -> str:
-    if made.what == "adapter":
-        return "the adapter, read back, against the adapter"
-    return "merged against adapter on" if origin.is_adapter else "the model, read back, against the model"
-
-
-def _facts(made: _Made, origin: Origin, source: str | Path, bound: Bound) -> dict[str, Any]:
+def _facts(result: _Result, source: ExportSource, name: str | Path, bound: Bound) -> dict[str, Any]:
     return {
-        "source": str(source),
-        "base": origin.began_from,
-        "what": made.what,
-        "dtype": made.dtype,
-        "accumulate": made.accumulate,
-        "prompts": {"with_images": made.prompts.with_images, **made.prompts.origins},
-        "difference": asdict(made.difference),
-        "without_adapter": asdict(made.without_adapter) if made.without_adapter else None,
-        "bound": asdict(bound),
-        "tensors_bit_equal": made.tensors,
-        "versions": {name: version(name) for name in ("ernie-align", "transformers", "peft", "torch")},
+        "source": str(name),
+        "base": source.initial_model,
+        "what": result.what,
+        "dtype": result.dtype,
+        "accumulate": result.accumulate,
+        "prompts": {"with_images": result.prompts.with_images, **result.prompts.origins},
+        "difference": asdict(result.difference),
+        "without_adapter": asdict(result.without_adapter) if result.without_adapter else None,
+        "bound": {"of": bound.metric, "label": bound.label, "value": bound.value, "why": bound.why},
+        "tensors_bit_equal": result.tensors,
+        "versions": {package: version(package) for package in ("ernie-align", "transformers", "peft", "torch")},
     }
 
 
+def _render_card(source: ExportSource, facts: dict[str, Any], *, name: str) -> str:
+    """Render the model card as Markdown. facts: of export.json; name: of the folder."""
+    from jinja2 import Environment, StrictUndefined
+
+    from ernie_align.models.architecture import model_family
+
+    template = files("ernie_align.exporting").joinpath("card.md.jinja").read_text(encoding="utf-8")
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    run = source.run_file("run.json") or {}
+    recipe = source.run / "recipe.resolved.yaml" if source.run is not None else None
+    family = model_family(source.base.read_json("config.json"), where=source.base.name)
+    base = facts["base"]
+    return environment.from_string(template).render(
+        name=name,
+        facts=facts,
+        base=base,
+        base_on_hub=base if base is not None and "/" in base and not Path(base).exists() else None,
+        has_vision=family == "vl_moe",
+        pipeline=_PIPELINES[family],
+        stage=source.recipe.stage if source.recipe is not None else None,
+        recipe=recipe.read_text(encoding="utf-8").strip() if recipe is not None and recipe.is_file() else None,
+        parameter_summary=[row for row in source.run_file("coverage.json") or [] if row["trained_tensors"]],
+        sources=source.run_file("data.json") or [],
+        metrics={
+            key: value
+            for key, value in (run.get("metrics") or {}).items()
+            if source.is_final and isinstance(value, (int, float)) and not key.endswith(_TIMING_METRICS)
+        },
+        environment=run.get("environment") or {},
+    )
+
+
 def _flush(folder: Path) -> None:
-    """Onto the disk, before the rename that says it is there."""
+    """Flush all files to disk before the rename that makes them visible."""
     for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        flush_to_disk(path)
+
+
+def _check_push(name: str) -> None:
+    """Raise ExportError if an upload cannot start, before anything is merged."""
+    from huggingface_hub import get_token
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ExportError.at("--push", f"invalid repository name {name!r}", fix="write owner/name")
+    if get_token() is None:
+        raise ExportError.at("--push", "you are not logged in to the hub", fix="run hf auth login, or set HF_TOKEN")
+
+
+def _push_folder(folder: Path, name: str) -> str:
+    """Upload the folder to the repository, which is created as private if it does not exist. Return its address.
+
+    Raises ExportError; the folder stays as it is.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        address = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Exported by ernie-align")
+    except Exception as error:  # network, permissions, quota: each has its own class
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        fix = f"the export is complete; retry the upload with hf upload {name} {folder}"
+        raise ExportError.at("--push", f"{folder} was not uploaded: {reason}", fix=fix) from error
+    return str(address)

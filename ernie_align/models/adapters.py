@@ -1,4 +1,4 @@
-"""Scopes -> LoRA adapters or unfrozen weights, and the proof that the trainable weights are exactly those."""
+"""Attach LoRA adapters to the parameters in scope, or unfreeze them, and check that exactly those are trained."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REFERENCE_ADAPTER = "ref"  # TRL's name for the frozen copy of an adapter
 
 
 def add_reference_adapter(model: PeftModel) -> None:
-    """Put a frozen copy of the active adapter beside it: what the policy is held to while it goes on learning."""
+    """Add a frozen copy of the active adapter, which is the reference while training continues that adapter."""
     (active,) = model.active_adapters
     model.add_adapter(REFERENCE_ADAPTER, model.peft_config[active])
     for name, parameter in list(model.named_parameters()):
@@ -35,7 +35,7 @@ def add_reference_adapter(model: PeftModel) -> None:
 
 
 def unfreeze(bundle: Bundle, block: TuneBlock) -> list[ParameterSpec]:
-    """Freeze the model but for the tensors in scope. Returns those; raises ModelError where a scope matches nothing."""
+    """Freeze all parameters except those in scope, and return these. Raises ModelError if a scope matches nothing."""
     tensors = tuned_parameters(bundle.architecture, block)
     names = {tensor.name for tensor in tensors}
     for name, parameter in bundle.model.named_parameters():
@@ -44,14 +44,13 @@ def unfreeze(bundle: Bundle, block: TuneBlock) -> list[ParameterSpec]:
 
 
 def attach_adapter(bundle: Bundle, block: AdapterBlock) -> list[Target]:
-    """Put a fresh adapter (or the one in `block.path`) on the bundle's model, and prove its scope.
+    """Attach a new adapter (or the one in `block.path`) to the bundle's model, and check its scope.
 
-    Returns the targets; raises ModelError where a scope matches nothing or the adapter is another one.
+    Returns the targets; raises ModelError if a scope matches nothing or the adapter in `block.path` differs from it.
     """
     from peft import get_peft_model
     from safetensors import SafetensorError
 
-    from ernie_align.models.distributed.rank0_loading import materialize_trainable
     from ernie_align.models.expert_lora import load_adapter, sort_target_modules
 
     targets = adapter_targets(bundle.architecture, block)
@@ -59,38 +58,42 @@ def attach_adapter(bundle: Bundle, block: AdapterBlock) -> list[Target]:
         config = lora_config(targets, block, bundle.architecture)
         with warnings.catch_warnings():
             # PEFT looks for rank and alpha patterns among modules only, and warns about those of bare parameters,
-            # which it does apply (prove() below would notice if it did not)
+            # which it does apply (validate_adapter below would notice if it did not)
             warnings.filterwarnings("ignore", message=".*keys did not match any targeted module.*")
-            # the adapter remembers which revision of a hub model it belongs to
+            # PEFT writes the revision of a hub model into the adapter's config
             revision = None if bundle.files.is_folder else bundle.files.revision
             bundle.model = sort_target_modules(get_peft_model(bundle.model, config, revision=revision))
     else:
         try:
             bundle.model = load_adapter(bundle.model, block.path, is_trainable=True)
         except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            raise ModelError.at(
-                block.where("path"), f"no adapter could be loaded from {block.path}: {reason}"
-            ) from error
-    materialize_trainable(bundle.model)
+            what = f"no adapter could be loaded from {block.path}: {str(error).splitlines()[0]}"
+            raise ModelError.at(block.where("path"), what) from error
+    if any(weight.is_meta for weight in bundle.model.parameters()):
+        from ernie_align.models.distributed.rank0_loading import materialize_trainable
+
+        materialize_trainable(bundle.model)
     validate_adapter(bundle.model, targets, where=block.where("path" if block.path else "scopes"))
     return targets
 
 
 def lora_config(targets: Iterable[Target], block: AdapterBlock, architecture: Architecture) -> LoraConfig:
-    """PEFT's config that names each target in full, so that nothing depends on how PEFT matches suffixes."""
+    """Return PEFT's config with the full name of every target, so that it does not depend on PEFT's suffix matching.
+
+    Raises ModelError for dropout on bare parameters, for which PEFT has none.
+    """
     from peft import LoraConfig
 
     from ernie_align.models.expert_lora import register_expert_lora
 
     modules, parameters, ranks, alphas = [], [], {}, {}
     for target in targets:
-        name = (
-            target.tensor.name
-            if _as_parameter(target.tensor, architecture)
-            else target.tensor.name.removesuffix(".weight")
-        )
-        (parameters if _as_parameter(target.tensor, architecture) else modules).append(name)
+        if _is_bare_parameter(target.tensor, architecture):
+            name = target.tensor.name
+            parameters.append(name)
+        else:
+            name = target.tensor.name.removesuffix(".weight")
+            modules.append(name)
         if target.rank != block.rank:
             ranks[re.escape(name)] = target.rank
         if target.alpha != block.alpha:
@@ -98,8 +101,8 @@ def lora_config(targets: Iterable[Target], block: AdapterBlock, architecture: Ar
     if block.dropout and parameters:
         raise ModelError.at(
             block.where("dropout"),
-            f"{block.dropout} with {parameters[0]}",
-            why="in this family the dense and shared MLPs are adapted as bare parameters, where LoRA has no dropout",
+            f"dropout {block.dropout} is not supported on {parameters[0]}",
+            why="in this family the dense and shared MLPs are adapted as bare parameters, where PEFT has no dropout",
             fix="set adapter.dropout to 0.0, or scope the adapter to attention",
         )
     config = LoraConfig(
@@ -107,7 +110,7 @@ def lora_config(targets: Iterable[Target], block: AdapterBlock, architecture: Ar
         lora_alpha=block.alpha,
         lora_dropout=block.dropout,
         use_rslora=block.use_rslora,
-        target_modules=modules,  # [] and not None: None would mean PEFT's own choice for the architecture
+        target_modules=modules,  # [] and not None: with None PEFT would choose modules by architecture
         target_parameters=parameters,
         rank_pattern=ranks,
         alpha_pattern=alphas,
@@ -116,8 +119,8 @@ def lora_config(targets: Iterable[Target], block: AdapterBlock, architecture: Ar
     return register_expert_lora(config)
 
 
-def _as_parameter(tensor: ParameterSpec, architecture: Architecture) -> bool:
-    """Whether PEFT is told the parameter instead of the module.
+def _is_bare_parameter(tensor: ParameterSpec, architecture: Architecture) -> bool:
+    """Return True if PEFT is given the name of the parameter instead of its module.
 
     Experts and routers are bare parameters. In the text family PEFT also takes every target module whose name ends in
     gate_proj, up_proj or down_proj for a routed expert of an old layout and rewrites it
@@ -128,36 +131,41 @@ def _as_parameter(tensor: ParameterSpec, architecture: Architecture) -> bool:
 
 
 def validate_adapter(model: PeftModel, targets: Iterable[Target], *, where: str) -> None:
-    """The adapter sits on the targets, with their ranks and alphas, and nothing else is trained. Raises ModelError."""
+    """Check that the adapter covers exactly the targets, with their ranks and alphas, and that only it is trained.
+
+    Raises ModelError.
+    """
     expected = {target.tensor.name: (target.rank, float(target.alpha)) for target in targets}
-    found = adapted_tensors(model)
+    actual = adapted_tensors(model)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     adapter_weights = {name for name, _ in model.named_parameters() if ".lora_" in name}
-    odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if odd:
-        name = odd[0]
-        should, does = _say(expected.get(name)), _say(found.get(name))
-        what = f"{len(odd)} tensors differ from the scope: {name} should be {should}, is {does}"
-        raise ModelError.at(where, what, fix="let scopes, layers, rank and alpha say what the adapter is")
+    differing = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
+    if differing:
+        name = differing[0]
+        what = (
+            f"the adapter differs from the recipe in {len(differing)} tensors: for {name} the recipe has "
+            f"{_format_setting(expected.get(name))}, the adapter {_format_setting(actual.get(name))}"
+        )
+        raise ModelError.at(where, what, fix="write the scopes, layers, rank and alpha of this adapter into the recipe")
     if trained != adapter_weights or not trained:
-        name = min(trained ^ adapter_weights, default="nothing")
-        what = f"{name} is {'trained' if name in trained else 'not trained'}, against the scope"
-        raise ModelError.at(where, what, fix="this is a fault of the toolkit or of PEFT: report it")
+        name = min(trained ^ adapter_weights, default="no tensor")
+        what = f"{name} is {'trained but not in' if name in trained else 'not trained, although it is in'} the adapter"
+        raise ModelError.at(where, what, fix="this is a bug of ernie-align or of PEFT: please report it")
 
 
 def adapted_tensors(model: nn.Module) -> dict[str, tuple[int, float]]:
-    """Name of each adapted tensor, as the base model has it -> (rank, alpha) of its active adapter."""
+    """Return name of each adapted tensor in the base model -> (rank, alpha) of its active adapter."""
     from peft.tuners.lora import LoraLayer
 
-    found: dict[str, tuple[int, float]] = {}
+    settings: dict[str, tuple[int, float]] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             base = re.sub(r"\.base_layer", "", name).removeprefix("base_model.model.")
             parameter = getattr(module, "parameter_name", "weight")
             (adapter,) = module.active_adapters
-            found[f"{base}.{parameter}"] = (module.r[adapter], float(module.lora_alpha[adapter]))
-    return found
+            settings[f"{base}.{parameter}"] = (module.r[adapter], float(module.lora_alpha[adapter]))
+    return settings
 
 
-def _say(setting: tuple[int, float] | None) -> str:
-    return "left alone" if setting is None else f"of rank {setting[0]} and alpha {setting[1]:g}"
+def _format_setting(setting: tuple[int, float] | None) -> str:
+    return "no LoRA" if setting is None else f"rank {setting[0]} and alpha {setting[1]:g}"

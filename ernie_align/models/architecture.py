@@ -1,26 +1,27 @@
-"""What each ERNIE 4.5 family is made of: every parameter, its shape, and the part it belongs to.
+"""The parameters of each ERNIE 4.5 family: name, shape, and the part each one belongs to.
 
-Computed from config.json alone, so that `check` can say what a recipe would train without loading torch or weights.
-models.load proves the table against the real model each time it loads one.
+Computed from config.json alone, so that `check` can report what a recipe would train without loading torch or weights.
+models.load compares this table with the real model every time it loads one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from ernie_align.errors import ModelError
 
-# model_type in config.json -> our short name of the family
+# model_type in config.json -> short name of the family
 FAMILIES = {"ernie4_5": "dense", "ernie4_5_moe": "moe", "ernie4_5_vl_moe": "vl_moe"}
 
-# Parts that a sequence without images or videos never touches.
+# Parts that a sequence without images or videos never passes through.
 VISION_PARTS = frozenset({"vision_experts", "vision_router", "vision_tower", "resampler"})
 
 # linear: weight of an nn.Linear [out, in]; fused: the experts of a pool [E, out, in]; router: a gate [E, H], fp32;
-# frozen: the correction bias, which is no gradient's business; plain: everything else (norms, biases, embeddings).
+# frozen: the correction bias, which is not trained by gradient; plain: everything else (norms, biases, embeddings).
 Kind = Literal["linear", "fused", "router", "frozen", "plain"]
 
 # transformers' class defaults, for keys that a config.json leaves out.
@@ -58,28 +59,26 @@ _VISION_DEFAULTS = {
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One parameter. name: as in `model.named_parameters()`; layer: of its own stack (decoder or tower), if any."""
+    """Name and shape of one parameter.
+
+    name: as in `model.named_parameters()`; layer: its index in the decoder or vision tower, if it belongs to a layer;
+    size: number of values.
+    """
 
     name: str
     shape: tuple[int, ...]
     part: str
     kind: Kind
     layer: int | None = None
+    size: int = field(init=False)
 
-    @property
-    def size(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
-
-    def lora_size(self, rank: int) -> int:
-        """Number of values of a LoRA adapter of this rank: rank · (in + out), for each expert."""
-        *experts, out, inner = self.shape
-        return rank * (inner + out) * math.prod(experts)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", math.prod(self.shape))
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model's table of parts. tied: lm_head shares the weight of the embeddings and has no parameter of its own."""
+    """All parameters of a model. tied: lm_head shares the weight of the embeddings and has no parameter of its own."""
 
     family: Literal["dense", "moe", "vl_moe"]
     tensors: tuple[ParameterSpec, ...]
@@ -88,7 +87,7 @@ class Architecture:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, where: str = "config.json") -> Architecture:
-        """The anatomy that a config.json describes. Raises ModelError for any model outside the three families."""
+        """Read it from the content of a config.json. Raises ModelError for models outside the three families."""
         family = model_family(config, where=where)
         if family == "vl_moe":
             text = {**_TEXT_DEFAULTS, **(config.get("text_config") or {})}
@@ -99,39 +98,37 @@ class Architecture:
             tensors = list(_language_model("model.", text, family))
         tied = bool(config.get("tie_word_embeddings", True))
         if not tied:
-            tensors.append(
-                ParameterSpec("lm_head.weight", (text["vocab_size"], text["hidden_size"]), "lm_head", "linear")
-            )
+            shape = (text["vocab_size"], text["hidden_size"])
+            tensors.append(ParameterSpec("lm_head.weight", shape, "lm_head", "linear"))
         return cls(family, tuple(tensors), tied, text["num_hidden_layers"])
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The parts this model has, in the order of its parameters."""
-        return tuple(dict.fromkeys(tensor.part for tensor in self.tensors))
+    @cached_property
+    def by_part(self) -> dict[str, list[ParameterSpec]]:
+        """The parameters of each part this model has, in the order of its parameters."""
+        parts: dict[str, list[ParameterSpec]] = {}
+        for tensor in self.tensors:
+            parts.setdefault(tensor.part, []).append(tensor)
+        return parts
 
-    @property
+    @cached_property
     def has_vision(self) -> bool:
-        """Whether images can be shown to it."""
+        """True if the model accepts images."""
         return self.family == "vl_moe"
 
-    def of(self, part: str) -> list[ParameterSpec]:
-        """The part's parameters."""
-        return [tensor for tensor in self.tensors if tensor.part == part]
-
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of values of all parameters."""
         return sum(tensor.size for tensor in self.tensors)
 
 
 def model_family(config: Mapping[str, Any], *, where: str) -> Literal["dense", "moe", "vl_moe"]:
-    """The family's short name. Raises ModelError for anything that is not native ERNIE 4.5."""
+    """Return the family's short name. Raises ModelError for anything that is not native ERNIE 4.5."""
     model_type = config.get("model_type")
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    fix = f"use a checkpoint of {', '.join(FAMILIES)}"
+    fix = f"use a checkpoint whose model_type is one of {', '.join(FAMILIES)}"
     if model_type == "ernie4_5_moe_vl" or "auto_map" in config:
-        why = "this is the layout that needs remote code, which is never run here"
+        why = "this layout needs remote code, which this toolkit never runs"
         fix = "use a revision whose config.json says ernie4_5_vl_moe (or ernie4_5, ernie4_5_moe) and has no auto_map"
         raise ModelError.at(where, f"model_type {model_type!r} is not native ERNIE 4.5", why=why, fix=fix)
     raise ModelError.at(where, f"model_type {model_type!r} is not ERNIE 4.5", fix=fix)
@@ -157,7 +154,7 @@ def _swiglu(name: str, width: int, hidden: int, part: str, bias: bool, layer: in
 
 
 def _pool(name: str, experts: int, width: int, hidden: int, pool: str, layer: int) -> Iterator[ParameterSpec]:
-    """One pool of experts and its router; pool is text or vision."""
+    """Yield one pool of experts and its router; pool is text or vision."""
     yield ParameterSpec(f"{name}.gate.weight", (experts, hidden), f"{pool}_router", "router", layer)
     bias = f"{name}.gate.moe_statics.e_score_correction_bias"
     yield ParameterSpec(bias, (1, experts), f"{pool}_router", "frozen", layer)

@@ -1,4 +1,4 @@
-"""The small files of a checkpoint (config, tokenizer, processor), read from a folder or the hub without torch."""
+"""Read the small files of a checkpoint (config, tokenizer, processor) from a folder or the hub, without torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ernie_align.errors import ModelError
 if TYPE_CHECKING:
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-# What makes a folder of weights loadable by itself: copied as they are, never rewritten.
+# Files that a folder of weights needs to be loadable on its own: copied, never rewritten.
 PROCESSOR_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -42,7 +42,7 @@ def _snapshot(name: str, revision: str | None) -> Path:
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """Where a checkpoint's files are. name: as the user wrote it; revision: of the hub; where: for errors."""
+    """The files of a checkpoint. name: folder or hub id; revision: on the hub; where: what errors point at."""
 
     name: str
     revision: str | None = None
@@ -50,14 +50,14 @@ class CheckpointFiles:
 
     @property
     def is_folder(self) -> bool:
-        """A folder here, or something that can only be meant as one."""
+        """True for an existing folder, or a name that cannot be a hub id."""
         path = Path(self.name)
         looks_local = not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.name) or self.name.startswith(".")
         return path.exists() or looks_local or ("/" in self.name and Path(path.parts[0]).is_dir())
 
     @property
     def folder(self) -> Path:
-        """Where its files lie: the folder itself, or the hub's cache of those that were fetched."""
+        """The folder itself, or the snapshot in the hub cache."""
         if self.is_folder:
             return Path(self.name)
         fetched = self._fetch("config.json") or self._fetch("adapter_config.json")
@@ -66,7 +66,7 @@ class CheckpointFiles:
         return fetched.parent
 
     def read_json(self, file: str, *, required: bool = True) -> dict[str, Any] | None:
-        """A JSON file of the checkpoint. Raises ModelError where it is missing (if required) or no JSON."""
+        """Read a JSON file of the checkpoint. Raises ModelError if it is missing (and required) or invalid."""
         path = self._fetch(file)
         if path is None:
             if not required:
@@ -75,32 +75,32 @@ class CheckpointFiles:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ModelError.at(str(path), f"not JSON: {error}", fix="restore the file") from None
+            raise ModelError.at(str(path), f"not valid JSON: {error}", fix="restore the file") from None
         if not isinstance(values, dict):
-            raise ModelError.at(str(path), "not a JSON object", fix="restore the file")
+            raise ModelError.at(str(path), "expected a JSON object", fix="restore the file")
         return values
 
-    def need(self, file: str) -> None:
-        """Raises ModelError where the checkpoint has no such file."""
+    def require(self, file: str) -> None:
+        """Raise ModelError if the checkpoint has no such file."""
         if self._fetch(file) is None:
-            fix = "save it as safetensors where it was trained: a pickle would run whatever stands in it"
-            raise ModelError.at(self.where or self.name, f"{self.name} holds no {file}", fix=fix)
+            fix = "save it as safetensors where it was trained: pickle files can run code, and are not loaded"
+            raise ModelError.at(self.where or self.name, f"{self.name} has no {file}", fix=fix)
 
     @property
     def is_adapter(self) -> bool:
-        """An adapter in PEFT's format and no model of its own."""
+        """True for an adapter in PEFT's format without a model."""
         return self._fetch("config.json") is None and self._fetch("adapter_config.json") is not None
 
     def image_settings(self) -> dict[str, Any]:
-        """Settings of the image processor: nested in processor_config.json, or in the older file of their own."""
+        """Read the image processor's settings, nested in processor_config.json or in preprocessor_config.json."""
         nested = (self.read_json("processor_config.json", required=False) or {}).get("image_processor")
         return nested or self.read_json("preprocessor_config.json")
 
     def tokenizer(self) -> TokenizersBackend:
-        """The tokenizer with its chat template. Raises ModelError where either is missing."""
+        """Load the tokenizer with its chat template. Raises ModelError if either is missing."""
         from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-        # The class that transformers itself settles on for this family, whatever tokenizer_config.json names.
+        # The class that transformers uses for this family, whatever tokenizer_config.json names.
         try:
             tokenizer = TokenizersBackend.from_pretrained(self.name, revision=self.revision)
         except (OSError, ValueError) as error:
@@ -110,12 +110,12 @@ class CheckpointFiles:
             legacy = self.read_json("chat_template.json", required=False) or {}
             tokenizer.chat_template = legacy.get("chat_template")
         if tokenizer.chat_template is None:
-            fix = "put its chat_template.jinja into the folder; base models need one before they can be aligned to chat"
+            fix = "put a chat_template.jinja into the folder; base models need one before chat training"
             raise ModelError.at(self.where or self.name, "the checkpoint has no chat template", fix=fix)
         return tokenizer
 
     def fingerprint(self, adapter: str | None = None) -> str:
-        """Of the weights, with those of an adapter's folder: SHA-256 of the files, or the commit of a hub model."""
+        """Hash the weights (SHA-256 of the files, or the commit of a hub model), and those in an adapter's folder."""
         digest = hashlib.sha256()
         folders = [Path(adapter)] if adapter else []
         if self.is_folder:
@@ -129,7 +129,7 @@ class CheckpointFiles:
         return digest.hexdigest()
 
     def copy_processor(self, folder: str | Path) -> None:
-        """Copy the tokenizer's, template's and processor's files into `folder`, byte for byte."""
+        """Copy tokenizer, chat template and processor files into `folder`, byte for byte."""
         source = Path(self.name) if self.is_folder else _snapshot(self.name, self.revision)
         for path in source.iterdir():
             if any(fnmatch.fnmatch(path.name, pattern) for pattern in PROCESSOR_FILES):
@@ -144,7 +144,7 @@ class CheckpointFiles:
 
         try:
             return Path(hf_hub_download(self.name, file, revision=self.revision))
-        except LocalEntryNotFoundError as error:  # neither in the cache nor to be fetched
+        except LocalEntryNotFoundError as error:  # not in the cache, and the hub is unreachable
             raise self._unreachable(error) from error
         except EntryNotFoundError:
             return None
@@ -154,10 +154,12 @@ class CheckpointFiles:
     def _missing(self, file: str) -> ModelError:
         where, path = self.where or self.name, Path(self.name)
         if self.is_folder and not path.is_dir():
-            return ModelError.at(where, f"no such folder: {self.name}", fix="name a checkpoint's folder or a hub id")
-        return ModelError.at(where, f"{self.name} holds no {file}", fix="name the folder of a whole checkpoint")
+            return ModelError.at(
+                where, f"no such folder: {self.name}", fix="give the folder of a checkpoint or a hub id"
+            )
+        return ModelError.at(where, f"{self.name} has no {file}", fix="give the folder of a complete checkpoint")
 
     def _unreachable(self, error: Exception) -> ModelError:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        what = f"{self.name} is no folder here and could not be read from the hub: {reason}"
+        what = f"{self.name} is not a local folder and could not be read from the hub: {reason}"
         return ModelError.at(self.where or self.name, what, fix="check the name, the revision and the network")

@@ -1,4 +1,4 @@
-"""Versions and hardware, as they bear on results."""
+"""Report the versions and hardware of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "t
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, as they bear on results."""
+    """Return versions and hardware that affect results."""
     import torch
 
     from ernie_align.models.pixels import pixel_backend

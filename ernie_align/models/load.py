@@ -1,4 +1,4 @@
-"""A model block -> a bundle of model, processor and anatomy, routed right and proved complete."""
+"""Load a checkpoint as a bundle of model, tokenizer, processor and architecture, with the routing hooks installed."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 class Bundle:
     """A loaded model with everything that belongs to it.
 
-    model: the transformers model, or a PeftModel around it once an adapter is on; files: where it came from; weights:
-    the folder its weights came from instead, if one was given; parallel: how it is shared out over the processes;
-    modality, image_sizes, image_processor: None for a text model; processor: the tokenizer of a text model.
+    model: the transformers model, or the PeftModel once an adapter is attached; files: of its checkpoint; weights: the
+    folder its weights were loaded from instead, if any; parallel: its tensor and expert parallelism, if any;
+    modality, image_sizes, image_processor: None for a text model; processor: the tokenizer for a text model.
     """
 
     model: PreTrainedModel | Any
@@ -41,7 +41,7 @@ class Bundle:
     parallel: ParallelLayout | None = None
 
     def save_processor(self, folder: str) -> None:
-        """Tokenizer, chat template and processor files, byte for byte as they came."""
+        """Copy tokenizer, chat template and processor files byte for byte."""
         self.files.copy_processor(folder)
 
 
@@ -55,19 +55,20 @@ def load_model(
     weights: str | None = None,
     parallel: ParallelLayout | None = None,
     adapters: bool = False,
-    first_reads: bool = False,
+    rank0_loading: bool = False,
 ) -> Bundle:
-    """Load a checkpoint of one of the three families, or an adapter and the base it names.
+    """Load a checkpoint of one of the three families, or an adapter and its base model.
 
-    name: folder or hub id; dtype: of the weights, `auto` for the checkpoint's own
-    (routers and correction biases stay float32); where: what an error
-    about the name should point at; weights: a folder to take the weights from instead (a checkpoint of a run), the
-    rest coming from `name`; parallel: share the model out over the processes so (no adapter that is already there);
-    adapters: they will be put on, and FSDP2 comes after them (models.parallel.spread); first_reads: the weights are on
-    the first process alone, and on meta in the others, for whoever shards the model next. With `parallel`, the first
-    process alone reads them anyhow.
-    Raises ModelError for other models, missing weights, and anything that differs from the family's anatomy.
+    name: folder or hub id; dtype: of the weights, `auto` for the checkpoint's own (routers and correction biases stay
+    float32); where: what an error about the name points at; weights: a folder to load the weights from instead (a
+    checkpoint of a run), everything else comes from `name`; parallel: shard the model this way (not for an adapter);
+    adapters: with `parallel`, adapters are attached next, and then FSDP2 is applied (distributed.sharding.apply_fsdp);
+    rank0_loading: load weights on rank 0 only, and leave them on meta on other ranks until the model is sharded;
+    always so with `parallel`.
+    Raises ModelError for other models, missing weights, and parameters that differ from the family's architecture.
     """
+    import torch.distributed
+
     from ernie_align.models.packed_attention import install_packed_attention
 
     name = str(name)
@@ -78,7 +79,7 @@ def load_model(
     architecture = Architecture.from_config(config, where=where or f"{name}/config.json")
     tokenizer = files.tokenizer()
     read = partial(_load_weights, weights or name, None if weights else revision, architecture, dtype, attention)
-    if parallel or first_reads:
+    if parallel or rank0_loading:
         from ernie_align.models.distributed.rank0_loading import load_on_rank0
 
         model = load_on_rank0(read)
@@ -99,19 +100,13 @@ def load_model(
         bundle.processor = build_processor(name, revision, bundle.image_processor, tokenizer)
         install_routing(model.model)
         install_token_dispatch(model.model.language_model)
-        if _is_launched():
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # in a group of one rank too: DDP wraps the model, and waits for its gradients
             from ernie_align.models.distributed.dummy_vision import install_dummy_vision
 
             install_dummy_vision(model.model)
     install_packed_attention(model)
     return bundle
-
-
-def _is_launched() -> bool:
-    """One process of a group, if only of one: DDP wraps that one too, and waits for its gradients."""
-    import torch.distributed as processes
-
-    return processes.is_available() and processes.is_initialized()
 
 
 def _load_weights(
@@ -138,25 +133,25 @@ def _load_weights(
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError.at(name, f"the weights could not be loaded: {reason}") from error
-    # transformers fills what it does not find with random numbers and goes on
-    lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if lost:
-        what = f"{len(lost)} weights are missing or of another shape, {lost[0]} among them"
-        raise ModelError.at(name, what, fix="name a whole checkpoint of this model")
-    _prove(model, architecture, name)
+    # transformers initializes missing weights randomly and continues
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if absent:
+        what = f"{len(absent)} weights are missing or have another shape, for example {absent[0]}"
+        raise ModelError.at(name, what, fix="use a complete checkpoint of this model")
+    _validate(model, architecture, name)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("e_score_correction_bias"):
-            parameter.requires_grad_(False)  # True after from_pretrained, False when built: no gradient belongs here
+            parameter.requires_grad_(False)  # from_pretrained sets True; it is not trained by gradient
     return model
 
 
-def _prove(model: nn.Module, architecture: Architecture, name: str) -> None:
-    """The table of parts is the model, name by name and shape by shape: all scopes rest on it."""
-    real = {parameter_name: tuple(parameter.shape) for parameter_name, parameter in model.named_parameters()}
-    told = {tensor.name: tensor.shape for tensor in architecture.tensors}
-    odd = [key for key in {**told, **real} if told.get(key) != real.get(key)]
-    if odd:
-        lines = [f"{key}: {told.get(key, 'absent')} expected, {real.get(key, 'absent')} found" for key in odd]
+def _validate(model: nn.Module, architecture: Architecture, name: str) -> None:
+    """Check names and shapes of all parameters against the architecture, on which all scopes depend."""
+    actual = {parameter_name: tuple(parameter.shape) for parameter_name, parameter in model.named_parameters()}
+    expected = {tensor.name: tensor.shape for tensor in architecture.tensors}
+    differing = [key for key in {**expected, **actual} if expected.get(key) != actual.get(key)]
+    if differing:
+        lines = [f"{key}: expected {expected.get(key, 'none')}, got {actual.get(key, 'none')}" for key in differing]
         fix = "this version of transformers builds the family differently: install the one in constraints.txt"
         raise ModelError(*(Fault(name, line, fix=fix) for line in lines[:5]))
 
@@ -168,10 +163,8 @@ def _load_adapter(files: CheckpointFiles, *, dtype: str, attention: str) -> Bund
     base = config.get("base_model_name_or_path")
     base_files = CheckpointFiles(base or "", config.get("revision"))
     if not base or (base_files.is_folder and not (Path(base) / "config.json").is_file()):
-        fix = (
-            "run from the folder that this path is relative to, or mend base_model_name_or_path in adapter_config.json"
-        )
-        raise ModelError.at(files.where or files.name, f"the adapter's base {base!r} is not here", fix=fix)
+        fix = "run from the folder that this path is relative to, or fix base_model_name_or_path in adapter_config.json"
+        raise ModelError.at(files.where or files.name, f"no model at {base!r}, the base of this adapter", fix=fix)
     bundle = load_model(base, dtype=dtype, revision=config.get("revision"), attention=attention, where=files.where)
     bundle.model = load_adapter(bundle.model, files.name, revision=files.revision)
     return bundle

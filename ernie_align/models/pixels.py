@@ -1,4 +1,4 @@
-"""How an image becomes patches and tokens: sizes without loading it, pixels through transformers' own processor."""
+"""Compute how many patches and tokens an image takes from its size, and load transformers' image processor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_ASPECT_RATIO = 200  # transformers refuses to resize anything longer
 
 @dataclass(frozen=True)
 class ImageSizes:
-    """The limits that a checkpoint's image settings set. min_pixels, max_pixels: of the resized image."""
+    """Patch sizes and limits of a checkpoint's image processor. min_pixels, max_pixels: of the resized image."""
 
     patch_size: int = 14
     merge_size: int = 2
@@ -22,7 +22,7 @@ class ImageSizes:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ImageSizes:
-        """From the settings of the image processor; the class defaults where they are silent."""
+        """Read the settings of the image processor, with transformers' class defaults."""
         size = config.get("size") or {}
         return cls(
             config.get("patch_size") or cls.patch_size,
@@ -32,15 +32,14 @@ class ImageSizes:
         )
 
     def grid(self, height: int, width: int) -> tuple[int, int, int]:
-        """Pixels of an image -> its patches (1, rows, columns), as transformers' processor will cut it.
+        """Return the grid of patches (1, rows, columns) into which transformers' processor splits an image.
 
-        Sides become multiples of patch_size · merge_size; an image outside the limits is scaled by the square root of
-        what it is off by, keeping its aspect. Raises ValueError beyond an aspect ratio of 200.
+        Sides become multiples of patch_size · merge_size; an image outside the limits is scaled to them, keeping its
+        aspect ratio. Raises ValueError above an aspect ratio of 200.
         """
         if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-            raise ValueError(
-                f"an aspect ratio of {max(height, width) / min(height, width):.0f} is over {MAX_ASPECT_RATIO}"
-            )
+            ratio = max(height, width) / min(height, width)
+            raise ValueError(f"the aspect ratio {ratio:.0f} exceeds {MAX_ASPECT_RATIO}")
         side = self.patch_size * self.merge_size
         rows, columns = round(height / side), round(width / side)
         area = rows * columns * side * side
@@ -54,17 +53,17 @@ class ImageSizes:
         return 1, rows * self.merge_size, columns * self.merge_size
 
     def tokens(self, grid: tuple[int, int, int]) -> int:
-        """Placeholder tokens that an image of this grid takes."""
+        """Return the number of placeholder tokens of an image with this grid."""
         return math.prod(grid) // self.merge_size**2
 
 
 def pixel_backend() -> str:
-    """`torchvision` where it is installed, else `pil`. Their resizing differs by up to 0.2 in pixel values."""
+    """Return `torchvision` if it is installed, else `pil`. Resized pixels differ by up to 0.2 between the two."""
     return "torchvision" if find_spec("torchvision") else "pil"
 
 
 def load_image_processor(name: str, revision: str | None = None) -> Any:
-    """transformers' image processor of the checkpoint, on whichever backend is installed."""
+    """Load transformers' image processor of the checkpoint, on the installed backend."""
     if pixel_backend() == "torchvision":
         from transformers.models.ernie4_5_vl_moe.image_processing_ernie4_5_vl_moe import Ernie4_5_VLMoeImageProcessor
 

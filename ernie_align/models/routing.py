@@ -1,7 +1,7 @@
-"""The only room that knows modality token ids: which tokens are vision, told to the model at its backbone.
+"""Derive from `input_ids` which tokens go to the vision experts, in a hook on the backbone.
 
-The keystone of routing: what pool a token goes to is a function of `input_ids`, so it is computed where it is used, for
-whoever calls. No collator, truncation, decode step, upstream trainer or copy of the model can forget it.
+This is the only module that knows the token ids of images and videos. Because routing is computed where it is used, for
+every caller, no collator, truncation, decode step, upstream trainer or copy of the model can omit it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TEXT, IMAGE, VIDEO = 0, 1, 2
 
 @dataclass(frozen=True)
 class ModalityTokens:
-    """Ids of the placeholders and of the tokens that open and close an image or a video."""
+    """Ids of the image and video placeholders, and of the tokens that start and end an image or a video."""
 
     image: int
     image_start: int
@@ -32,7 +32,7 @@ class ModalityTokens:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | Any) -> ModalityTokens | None:
-        """From a config.json or a transformers config; None for a model without vision."""
+        """Read them from a config.json or a transformers config; None for a model without vision."""
         values = config if isinstance(config, Mapping) else config.to_dict()
         if values.get("image_token_id") is None:
             return None
@@ -41,22 +41,22 @@ class ModalityTokens:
 
     @property
     def ids(self) -> frozenset[int]:
-        """All six: the tokens that go to the vision pool, and that no answer may contain."""
+        """All six: the tokens that go to the vision experts and may not be generated."""
         return frozenset(astuple(self))
 
     @property
     def image_ids(self) -> tuple[int, int, int]:
-        """The three ids of images."""
+        """Ids of the image placeholder, start and end tokens."""
         return self.image, self.image_start, self.image_end
 
     @property
     def video_ids(self) -> tuple[int, int, int]:
-        """The three ids of videos."""
+        """Ids of the video placeholder, start and end tokens."""
         return self.video, self.video_start, self.video_end
 
 
 def moe_mm_token_type_ids(input_ids: torch.Tensor, tokens: ModalityTokens) -> torch.Tensor:
-    """(B, T) ids -> (B, T) int64: 0 text pool, 1 and 2 vision pool (image, video); start and end tokens count."""
+    """(B, T) ids -> (B, T) int64: 0 text, 1 image, 2 video; start and end tokens count as vision."""
     import torch
 
     types = torch.zeros_like(input_ids)
@@ -66,24 +66,25 @@ def moe_mm_token_type_ids(input_ids: torch.Tensor, tokens: ModalityTokens) -> to
 
 
 def mm_token_type_ids(input_ids: torch.Tensor, tokens: ModalityTokens) -> torch.Tensor:
-    """(B, T) ids -> (B, T) int64: placeholders only (1 image, 2 video), which is what the 3-D rope reads."""
+    """(B, T) ids -> (B, T) int64: 1 and 2 at the placeholders of images and videos only, as the 3-D RoPE expects."""
     types = (input_ids == tokens.image).long() * IMAGE
     return types + (input_ids == tokens.video).long() * VIDEO
 
 
 def derive_token_types(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Forward pre-hook of the backbone: whatever the caller passed, both type tensors follow from `input_ids`.
+    """Forward pre-hook of the backbone: set both token type tensors from `input_ids`, whatever the caller passed.
 
-    A plain function that reads the module's own config, so that a deep copy of the model carries a working hook.
+    A module-level function that reads the module's own config, so that a deep copy of the model keeps a working hook.
+    Raises ModelError for inputs_embeds without input_ids or token types.
     """
     input_ids = kwargs.get("input_ids", args[0] if args else None)
     if input_ids is None:
         if kwargs.get("moe_mm_token_type_ids") is None:
             raise ModelError.at(
                 "forward",
-                "inputs_embeds without input_ids: nothing says which tokens are vision",
+                "got inputs_embeds without input_ids, so vision tokens cannot be identified",
                 why="the model would send every token to the text experts",
-                fix="pass input_ids, or moe_mm_token_type_ids (zeros for text alone) beside inputs_embeds",
+                fix="pass input_ids as well, or moe_mm_token_type_ids (zeros for text)",
             )
         return None
     tokens = ModalityTokens.from_config(module.config)
@@ -93,6 +94,6 @@ def derive_token_types(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -
 
 
 def install_routing(backbone: nn.Module) -> None:
-    """Install the hook on an `Ernie4_5_VLMoeModel`, before any other hook. Doing it twice does it once."""
+    """Install the hook on an `Ernie4_5_VLMoeModel`, before other hooks. Calling it again has no effect."""
     if derive_token_types not in backbone._forward_pre_hooks.values():
         backbone.register_forward_pre_hook(derive_token_types, prepend=True, with_kwargs=True)

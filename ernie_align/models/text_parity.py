@@ -1,4 +1,4 @@
-"""The certificate: text alone is answered bit for bit as before, because nothing it touches was trained."""
+"""Text parity check: training only vision parts leaves the logits on text unchanged, bit for bit."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
-
     from ernie_align.models.load import Bundle
 
-ROWS, LENGTH = 8, 64  # of the probe: every row is a different stretch of random text tokens
+ROWS, LENGTH = 8, 64  # of the probe: random text tokens, different in each row
 
 
 @dataclass(frozen=True)
 class TextProbe:
-    """What the model says to a fixed probe of text tokens.
+    """The logits of a model on a fixed batch of text tokens, as a digest.
 
-    digest: SHA-256 of all its logits, bit for bit; machine: what computed them, for another may round otherwise.
+    digest: SHA-256 of the bits of all logits; machine: the hardware that computed them, since another may round
+    differently.
     """
 
     digest: str
@@ -30,20 +29,18 @@ class TextProbe:
 
 
 def probe_text(bundle: Bundle, *, seed: int = 0) -> TextProbe:
-    """Logits of (ROWS, LENGTH) random text tokens, the same tokens for the same model and seed, computed in eval mode.
+    """Hash the logits of (ROWS, LENGTH) random text tokens, computed in eval mode.
 
-    Two of them are equal exactly when every logit is equal in every bit.
+    The tokens depend on the tokenizer and the seed only. Two probes are equal if and only if every logit is equal in
+    every bit.
     """
     import torch
 
     model = bundle.model
-    text_ids = [
-        number
-        for number in range(len(bundle.tokenizer))
-        if number not in (bundle.modality.ids if bundle.modality else ())
-    ]
-    draw = torch.Generator().manual_seed(seed)
-    choice = torch.randint(len(text_ids), (ROWS, LENGTH), generator=draw)
+    vision_ids = bundle.modality.ids if bundle.modality else ()
+    text_ids = [token for token in range(len(bundle.tokenizer)) if token not in vision_ids]
+    generator = torch.Generator().manual_seed(seed)
+    choice = torch.randint(len(text_ids), (ROWS, LENGTH), generator=generator)
     input_ids = torch.tensor(text_ids)[choice].to(next(model.parameters()).device)
     was_training = model.training
     model.eval()
@@ -53,12 +50,9 @@ def probe_text(bundle: Bundle, *, seed: int = 0) -> TextProbe:
     finally:
         model.train(was_training)
     bits = logits.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return TextProbe(hashlib.sha256(bits).hexdigest(), ROWS, ROWS * LENGTH, logits.shape[-1], _machine(logits.device))
-
-
-def _machine(device: torch.device) -> str:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} with {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    machine = logits.device.type
+    if machine == "cuda":
+        machine = torch.cuda.get_device_name(logits.device)
+    elif machine == "cpu":
+        machine = f"{platform.machine()} with {torch.get_num_threads()} threads"
+    return TextProbe(hashlib.sha256(bits).hexdigest(), ROWS, ROWS * LENGTH, logits.shape[-1], machine)

@@ -1,10 +1,11 @@
-"""A scope -> the exact tensors it trains, and the coverage table that says so. Loads no torch."""
+"""Resolve the scopes of a recipe to the exact parameters it trains, and summarize them by part. Imports no torch."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ernie_align.errors import Fault, ModelError
@@ -12,22 +13,27 @@ from ernie_align.models.architecture import VISION_PARTS, Architecture, Paramete
 from ernie_align.recipe import AdapterBlock, Block, PartAdapter, PartTune, TuneBlock
 from ernie_align.recipe.schema import parse_layers
 
-# `layers` of an adapter or tune block counts the layers of the language model; these parts stand outside them.
-OUTSIDE_THE_DECODER = frozenset({"vision_tower", "resampler", "embeddings", "lm_head"})
+# `layers` of an adapter or tune block counts the layers of the language model; it does not apply to these parts.
+_NON_DECODER_PARTS = frozenset({"vision_tower", "resampler", "embeddings", "lm_head"})
 
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor that gets a LoRA adapter of this rank, scaled by alpha / rank."""
+    """A parameter that gets a LoRA adapter of this rank, scaled by alpha / rank. size: values of its adapter."""
 
     tensor: ParameterSpec
     rank: int
     alpha: float
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        *experts, out, inner = self.tensor.shape
+        object.__setattr__(self, "size", self.rank * (inner + out) * math.prod(experts))
 
 
 @dataclass(frozen=True)
 class ParameterSummaryRow:
-    """One part: its parameters, those that are trained (of the adapter, with LoRA), and its tensors likewise."""
+    """One part: its parameters and tensors, and how many are trained (those of the adapter, with LoRA)."""
 
     part: str
     parameters: int
@@ -38,35 +44,31 @@ class ParameterSummaryRow:
 
 @dataclass(frozen=True)
 class ParameterSummary:
-    """What a run trains, part by part."""
+    """The parameters of a model and those that a run trains, part by part."""
 
     rows: tuple[ParameterSummaryRow, ...]
 
     @property
     def parameters(self) -> int:
-        """Values of the whole model."""
+        """Number of values of the whole model."""
         return sum(row.parameters for row in self.rows)
 
     @property
     def trainable(self) -> int:
-        """Values that are trained."""
+        """Number of trained values."""
         return sum(row.trainable for row in self.rows)
 
     @property
-    def trained_parts(self) -> frozenset[str]:
-        """Parts with at least one trained tensor."""
-        return frozenset(row.part for row in self.rows if row.trained_tensors)
-
-    @property
     def trains_only_vision(self) -> bool:
-        """Only parts are trained that a sequence without images or videos never touches."""
-        return bool(self.trained_parts) and self.trained_parts <= VISION_PARTS
+        """True if text without images or videos passes through no trained part."""
+        trained = {row.part for row in self.rows if row.trained_tensors}
+        return bool(trained) and trained <= VISION_PARTS
 
 
 def adapter_block_from_config(config: Mapping[str, Any], architecture: Architecture, *, where: str) -> AdapterBlock:
-    """The adapter block that a saved adapter_config.json amounts to.
+    """Return the adapter block that a saved adapter_config.json corresponds to.
 
-    Raises ModelError where its targets are not named in full, or where a part has not one rank and alpha throughout.
+    Raises ModelError if a target is not the full name of a parameter, or if ranks or alphas differ within a part.
     """
     named = {*_names(config.get("target_modules")), *_names(config.get("target_parameters"))}
     parts: dict[str, dict[tuple[int, float], list[ParameterSpec]]] = {}
@@ -78,8 +80,8 @@ def adapter_block_from_config(config: Mapping[str, Any], architecture: Architect
             parts.setdefault(tensor.part, {}).setdefault((rank, float(alpha)), []).append(tensor)
             named.remove(name)
     if named or not parts or any(len(settings) > 1 for settings in parts.values()):
-        fix = "write adapter: with the scopes, layers, rank and alpha that it has"
-        raise ModelError.at(where, "this adapter's config does not say its scope by parts", fix=fix)
+        fix = "write an adapter: block with the scopes, layers, rank and alpha of this adapter"
+        raise ModelError.at(where, "the scopes of this adapter cannot be read from its config", fix=fix)
     scopes = {}
     for part, settings in parts.items():
         (((rank, alpha), tensors),) = settings.items()
@@ -99,36 +101,37 @@ def _names(targets: Any) -> list[str]:
 
 
 def adapter_targets(architecture: Architecture, block: AdapterBlock) -> list[Target]:
-    """The tensors that get an adapter, in the model's order. Raises ModelError where a scope matches nothing."""
-    chosen = _select(architecture, block, block.parts, kinds=("linear", "fused", "router"))
+    """Return the parameters that get an adapter, in the model's order. Raises ModelError if a scope matches nothing."""
     parts = block.parts
+    chosen = _select(architecture, block, parts, kinds=("linear", "fused", "router"))
     return [Target(tensor, parts[tensor.part].rank, parts[tensor.part].alpha) for tensor in chosen]
 
 
 def tuned_parameters(architecture: Architecture, block: TuneBlock) -> list[ParameterSpec]:
-    """The tensors trained in full; the correction biases never are. Raises ModelError where a scope matches nothing."""
+    """Return the parameters to train in full, which excludes the correction biases.
+
+    Raises ModelError if a scope matches nothing.
+    """
     return _select(architecture, block, block.parts, kinds=("linear", "fused", "router", "plain"))
 
 
 def parameter_summary(architecture: Architecture, trained: Iterable[Target | ParameterSpec]) -> ParameterSummary:
-    """The table: part, parameters, trainable, tensors."""
-    values: dict[str, list[int]] = {part: [] for part in architecture.parts}
+    """Count parameters and trained parameters of each part."""
+    sizes: dict[str, list[int]] = {part: [] for part in architecture.by_part}
     for item in trained:
-        tensor = item.tensor if isinstance(item, Target) else item
-        size = tensor.lora_size(item.rank) if isinstance(item, Target) else tensor.size
-        values[tensor.part].append(size)
-    return ParameterSummary(
-        tuple(
-            ParameterSummaryRow(
-                part=part,
-                parameters=sum(tensor.size for tensor in architecture.of(part)),
-                trainable=sum(sizes),
-                tensors=len(architecture.of(part)),
-                trained_tensors=len(sizes),
-            )
-            for part, sizes in values.items()
+        part = item.tensor.part if isinstance(item, Target) else item.part
+        sizes[part].append(item.size)
+    rows = [
+        ParameterSummaryRow(
+            part=part,
+            parameters=sum(tensor.size for tensor in tensors),
+            trainable=sum(sizes[part]),
+            tensors=len(tensors),
+            trained_tensors=len(sizes[part]),
         )
-    )
+        for part, tensors in architecture.by_part.items()
+    ]
+    return ParameterSummary(tuple(rows))
 
 
 def _select(
@@ -140,37 +143,39 @@ def _select(
     faults: list[Fault] = []
     chosen: set[str] = set()
     decoder_layers = _layers(block.layers, architecture.num_layers, "the language model", block, faults)
-    for part, own in parts.items():
-        tensors = [tensor for tensor in architecture.of(part) if tensor.kind in kinds]
+    for part, settings in parts.items():
+        tensors = [tensor for tensor in architecture.by_part.get(part, ()) if tensor.kind in kinds]
         if not tensors:
             if block.scopes != "all":
                 faults.append(_missing_part(architecture, part, block))
             continue
-        depth = 1 + max((tensor.layer for tensor in tensors if tensor.layer is not None), default=-1)
-        if own.layers is not None:
-            wanted = _layers(own.layers, depth, part, own, faults)
+        part_layers = sorted({tensor.layer for tensor in tensors if tensor.layer is not None})
+        if settings.layers is not None:
+            layers = _layers(settings.layers, part_layers[-1] + 1 if part_layers else 0, part, settings, faults)
         else:
-            wanted = None if part in OUTSIDE_THE_DECODER else decoder_layers
-        matched = [tensor for tensor in tensors if wanted is None or tensor.layer in wanted]
+            layers = None if part in _NON_DECODER_PARTS else decoder_layers
+        matched = [tensor.name for tensor in tensors if layers is None or tensor.layer in layers]
         if not matched and not faults and block.scopes != "all":
-            where = (own if own.layers is not None else block).where("layers")
-            holds = sorted({tensor.layer for tensor in tensors if tensor.layer is not None})
-            fix = f"{part} stands in layers {holds[0]}-{holds[-1]}" if holds else f"{part} has no layers: drop layers"
-            faults.append(Fault(where, f"{part} has no tensor in these layers", fix=fix))
-        chosen.update(tensor.name for tensor in matched)
+            where = (settings if settings.layers is not None else block).where("layers")
+            if part_layers:
+                fix = f"choose from layers {part_layers[0]}-{part_layers[-1]}, which have {part}"
+            else:
+                fix = f"{part} is not in the layers: drop layers"
+            faults.append(Fault(where, f"none of these layers has {part}", fix=fix))
+        chosen.update(matched)
     if faults:
         raise ModelError(*faults)
     return [tensor for tensor in architecture.tensors if tensor.name in chosen]
 
 
-def _layers(layers, depth: int, what: str, block: Block, faults: list[Fault]) -> frozenset[int] | None:
+def _layers(layers: Any, depth: int, owner: str, block: Block, faults: list[Fault]) -> frozenset[int] | None:
     numbers = parse_layers(layers)
     if numbers is None:
         return None
     if depth == 0:
-        faults.append(Fault(block.where("layers"), f"{what} has no layers", fix="drop layers"))
+        faults.append(Fault(block.where("layers"), f"{owner} has no layers", fix="drop layers"))
     elif max(numbers) >= depth:
-        fix = f"{what} has layers 0-{depth - 1}"
+        fix = f"{owner} has layers 0-{depth - 1}"
         faults.append(Fault(block.where("layers"), f"layer {max(numbers)} does not exist", fix=fix))
     return frozenset(numbers)
 
@@ -178,8 +183,7 @@ def _layers(layers, depth: int, what: str, block: Block, faults: list[Fault]) ->
 def _missing_part(architecture: Architecture, part: str, block: Block) -> Fault:
     where = block.where("scopes")
     if part == "lm_head" and architecture.tied:
-        return Fault(
-            where, "lm_head has no weight of its own in this model: it is tied to embeddings", fix="name embeddings"
-        )
-    what = f"{part} is no part of this model ({architecture.family})"
-    return Fault(where, what, fix=f"choose from {', '.join(architecture.parts)}")
+        what = "lm_head has no weight of its own in this model: it is tied to the embeddings"
+        return Fault(where, what, fix="name embeddings instead")
+    what = f"this model ({architecture.family}) has no {part}"
+    return Fault(where, what, fix=f"choose from {', '.join(architecture.by_part)}")

@@ -1,4 +1,4 @@
-"""What a recipe needs, in bytes and hours, before anything is rented: from its config.json, without torch."""
+"""Plan a recipe's memory and time from the model's config.json, without torch."""
 
 from ernie_align.planning.plan import Plan, plan
 

@@ -1,19 +1,18 @@
-"""Bytes on each device, by part, and at the worst moment of a step."""
+"""Estimate the bytes on each device, by part, and at the peak of a step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from ernie_align.models.architecture import Architecture, ParameterSpec
-from ernie_align.planning.activations import kept
-from ernie_align.planning.setting import Workload
-from ernie_align.planning.shape import ModelShape
+from ernie_align.planning.activations import saved_activations
+from ernie_align.planning.workload import ModelShape, Workload
 
-# TRL's fused head scores tokens in tiles of so many positions by so many words of the vocabulary.
+# TRL's fused head scores tokens in tiles of this many positions by this many vocabulary entries.
 _TILE_TOKENS, _TILE_WORDS = 4096, 32768
-# float32 copies of a tile that stand side by side where there is no Triton kernel to fold it in place
-_TILES_FORWARD, _TILES_BACKWARD = 3, 7.25
-_GROUP = 64  # weights that share a 16-bit scale in a quantised base
+# float32 copies of a tile held at once in the backward pass without a Triton kernel, which works in place
+_TILES_BACKWARD = 7.25
+_GROUP = 64  # weights that share a 16-bit scale in a quantized base
 _SAMPLING_COPIES = 3  # logits, scores and their softmax, in float32
 
 
@@ -21,9 +20,9 @@ _SAMPLING_COPIES = 3  # logits, scores and their softmax, in float32
 class MemoryEstimate:
     """Bytes on each device.
 
-    weights, reference, adapters, optimizer are held all the time; gradients, activations and logits within a step,
-    gradients growing while activations shrink, and logits never beside all of the activations; rollout while
-    completions are drawn. peak: the worst moment, which is less than their sum.
+    weights, reference, adapters and optimizer are held all the time; gradients, activations and logits within a step:
+    gradients grow while activations shrink, and logits never coexist with all activations; rollout while completions
+    are generated. peak: the maximum over time, which is less than the sum.
     """
 
     weights: float
@@ -38,146 +37,152 @@ class MemoryEstimate:
 
     @property
     def loaded(self) -> float:
-        """Before the first step: what a run holds once its model is there."""
+        """Bytes held before the first step."""
         return self.weights + self.reference + self.adapters
 
     def parts(self) -> dict[str, float]:
-        """The parts that are not empty, by name."""
-        found = {name: value for name, value in vars(self).items() if name != "peak"}
-        return {name: value for name, value in found.items() if value}
+        """Return the parts that are not empty, by name."""
+        return {name: value for name, value in vars(self).items() if name != "peak" and value}
 
 
-def estimate_memory(setting: Workload, architecture: Architecture, shape: ModelShape) -> MemoryEstimate:
-    """Of a run with this setting."""
-    share = 1 / setting.gpus
-    whole_weights = share if setting.strategy in ("fsdp", "zero3", "ep") else 1.0
-    states = 1.0 if setting.strategy == "ddp" else share
+def estimate_memory(workload: Workload, architecture: Architecture, shape: ModelShape) -> MemoryEstimate:
+    """Estimate the memory of a run."""
+    weight_share = 1 / workload.gpus if workload.strategy in ("fsdp", "zero3", "ep") else 1.0
+    state_share = 1.0 if workload.strategy == "ddp" else 1 / workload.gpus
 
-    base = weight_bytes(architecture, setting)
-    weights = base * whole_weights
-    if whole_weights < 1:
-        weights += _largest_layer(architecture, setting)  # gathered while it computes
-    adapters = setting.trainable * 4.0 * (1 + setting.copies) * whole_weights if setting.is_adapter else 0.0
-    gradients = _trained_bytes(architecture, setting) * states
-    if setting.gpus > 1 and setting.strategy == "ddp":
-        gradients *= 2  # the buckets in which they are reduced
-    optimizer = _state_bytes(architecture, setting) * states
-    reference = base * whole_weights if setting.reference else 0.0
+    base = weight_bytes(architecture, workload)
+    weights = base * weight_share
+    if weight_share < 1:
+        weights += _largest_layer(architecture, workload)  # gathered while it computes
+    adapters = workload.trainable * 4.0 * (1 + workload.copies) * weight_share if workload.is_adapter else 0.0
+    gradients = _gradient_bytes(workload) * state_share
+    if workload.gpus > 1 and workload.strategy == "ddp":
+        gradients *= 2  # DDP's buckets
+    optimizer = _optimizer_bytes(workload) * state_share
+    reference = base * weight_share if workload.reference else 0.0
 
-    found = kept(setting, shape)
-    kept_forward = found.held(checkpointing=setting.checkpointing) + _pixels(setting, shape)
-    in_a_layer = found.step(checkpointing=setting.checkpointing)
-    activations = kept_forward + in_a_layer
-    logits = _head(setting, shape)
-    rollout = _rollout(setting, shape)
+    saved = saved_activations(workload, shape)
+    after_forward = saved.after_forward(checkpointing=workload.checkpointing) + _pixels(workload, shape)
+    in_backward = saved.in_backward(checkpointing=workload.checkpointing)
+    logits = _head(workload, shape)
+    rollout = _rollout(workload, shape)
 
-    held_gradients = gradients if setting.is_adapter or setting.accumulation > 1 else 0.0
-    of_the_head = _head_gradient(setting, shape)
-    in_the_head = held_gradients + kept_forward + logits
-    above = held_gradients + kept_forward + in_a_layer + of_the_head
-    below = gradients + in_a_layer + (_embedding_gradient(setting, shape) if of_the_head else 0.0)
-    asking = held_gradients + kept_forward + _forward(setting, shape, setting.positions)
-    moments = [in_the_head, above, below, rollout]
-    if setting.asks_reference and setting.stage == "dpo":
-        moments.append(asking)
-    held = weights + reference + adapters + optimizer
+    # gradients that exist before the backward: of a loaded adapter, or of earlier batches of the step
+    early_gradients = gradients if workload.is_adapter or workload.accumulation > 1 else 0.0
+    head_gradient = _head_gradient(workload, shape)
+    moments = [
+        early_gradients + after_forward + logits,  # in the head
+        early_gradients + after_forward + in_backward + head_gradient,  # in the last layer
+        gradients + in_backward + (_embedding_gradient(workload, shape) if head_gradient else 0.0),  # in the first
+        rollout,
+    ]
+    if workload.reference_in_step:
+        moments.append(early_gradients + after_forward + _inference(workload, shape, workload.positions))
     return MemoryEstimate(
-        weights, reference, adapters, optimizer, gradients, activations, logits, rollout, held + max(moments)
+        weights=weights,
+        reference=reference,
+        adapters=adapters,
+        optimizer=optimizer,
+        gradients=gradients,
+        activations=after_forward + in_backward,
+        logits=logits,
+        rollout=rollout,
+        peak=weights + reference + adapters + optimizer + max(moments),
     )
 
 
-def weight_bytes(architecture: Architecture, setting: Workload) -> float:
-    """Of the base model. Routers stay in float32; a quantised base keeps embeddings, head, norms and biases as is."""
-    return sum(tensor.size * _bits(tensor, setting) / 8 for tensor in architecture.tensors)
+def weight_bytes(architecture: Architecture, workload: Workload) -> float:
+    """Bytes of the base model. Routers are float32; a quantized base has unquantized embeddings, head and norms."""
+    return sum(tensor.size * _bits(tensor, workload) / 8 for tensor in architecture.tensors)
 
 
-def _bits(tensor: ParameterSpec, setting: Workload) -> float:
+def _bits(tensor: ParameterSpec, workload: Workload) -> float:
     if tensor.kind in ("router", "frozen"):
         return 32
-    own = 8 * setting.bytes_each
-    if setting.base_bits >= own or tensor.kind == "plain" or tensor.part == "lm_head":
-        return own
-    return setting.base_bits + 16 / _GROUP
+    unquantized = 8 * workload.bytes_each
+    if workload.base_bits >= unquantized or tensor.kind == "plain" or tensor.part == "lm_head":
+        return unquantized
+    return workload.base_bits + 16 / _GROUP
 
 
-def _largest_layer(architecture: Architecture, setting: Workload) -> float:
-    """With its adapters, and with their gradients until these are shared out again."""
-    adapters = {target.tensor.name: target.tensor.lora_size(target.rank) for target in setting.targets or ()}
+def _largest_layer(architecture: Architecture, workload: Workload) -> float:
+    """Bytes of the largest layer with its adapters, and with their gradients until these are sharded again."""
+    adapters = {target.tensor.name: target.size for target in workload.targets or ()}
     layers: dict[tuple[str, int | None], float] = {}
     for tensor in architecture.tensors:
-        size = 4.0 * adapters.get(tensor.name, 0) * (2 + setting.copies)
-        if setting.strategy != "ep" or tensor.kind != "fused":  # dealt-out experts stay where they are
-            size += tensor.size * _bits(tensor, setting) / 8
+        size = 4.0 * adapters.get(tensor.name, 0) * (2 + workload.copies)
+        if workload.strategy != "ep" or tensor.kind != "fused":  # experts sharded by EP are never gathered
+            size += tensor.size * _bits(tensor, workload) / 8
         stack = "tower" if tensor.part == "vision_tower" else "decoder"
         key = (stack, tensor.layer) if tensor.layer is not None else (tensor.name, None)
         layers[key] = layers.get(key, 0.0) + size
     return max(layers.values())
 
 
-def _trained_bytes(architecture: Architecture, setting: Workload) -> float:
-    """Gradients: adapters are float32, weights are trained in the dtype they are loaded in."""
-    if setting.is_adapter:
-        return setting.trainable * 4.0
-    return float(sum(size * setting.bytes_each for size in setting.trained.values()))
+def _gradient_bytes(workload: Workload) -> float:
+    """Adapters are float32; weights are trained in the dtype in which they are loaded."""
+    if workload.is_adapter:
+        return workload.trainable * 4.0
+    return float(sum(size * workload.bytes_each for size in workload.trained.values()))
 
 
-def _state_bytes(architecture: Architecture, setting: Workload) -> float:
-    """torch's AdamW keeps two values in the dtype of what it trains."""
-    name = setting.optimizer
+def _optimizer_bytes(workload: Workload) -> float:
+    """torch's AdamW holds two values for each trained one, in its dtype."""
+    name = workload.optimizer
     if "8bit" in name:
-        return 2.0 * setting.trainable
-    each = 0 if name in ("sgd", "adafactor") else 1 if "lion" in name else 2
-    return each * _trained_bytes(architecture, setting)
+        return 2.0 * workload.trainable
+    per_value = 0 if name in ("sgd", "adafactor") else 1 if "lion" in name else 2
+    return per_value * _gradient_bytes(workload)
 
 
-def _pixels(setting: Workload, shape: ModelShape) -> float:
-    """The images of a batch, float32."""
+def _pixels(workload: Workload, shape: ModelShape) -> float:
+    """Bytes of a batch's images, in float32."""
     if shape.tower is None:
         return 0.0
-    return setting.positions * setting.vision * shape.tower.merge * shape.tower.pixels * 4
+    return workload.positions * workload.vision * shape.tower.merge * shape.tower.pixels * 4
 
 
-def _scored(setting: Workload) -> int:
-    """Positions that the head scores: of rollouts the completions, otherwise those that predict a trained token."""
-    return setting.rows * setting.completion if setting.completion else round(setting.positions * setting.scored)
+def _scored(workload: Workload) -> int:
+    """Positions that the head scores: the completions of rollouts, otherwise those that predict a trained token."""
+    return workload.rows * workload.completion if workload.completion else round(workload.positions * workload.scored)
 
 
-def _head(setting: Workload, shape: ModelShape) -> float:
-    """TRL's fused head at its worst, which is its backward."""
-    positions, s = _scored(setting), setting.bytes_each
+def _head(workload: Workload, shape: ModelShape) -> float:
+    """Bytes of TRL's fused head in its backward, where it takes the most."""
+    positions, s = _scored(workload), workload.bytes_each
     tile = min(positions, _TILE_TOKENS) * min(shape.vocabulary, _TILE_WORDS)
-    size = positions * shape.hidden * (s + 4 + s) + tile * s  # input, its gradient in float32, and that as s
-    if setting.device == "cpu":
+    size = positions * shape.hidden * (s + 4 + s) + tile * s  # input, its gradient in float32 and in s bytes
+    if workload.device == "cpu":
         size += _TILES_BACKWARD * tile * 4
-    return size + _head_gradient(setting, shape)
+    return size + _head_gradient(workload, shape)
 
 
-def _head_gradient(setting: Workload, shape: ModelShape) -> float:
-    """Of the head's weight, which is the embeddings' where the two are tied: float32, from the first backward step."""
-    trained = not setting.is_adapter and setting.trained.keys() & {"embeddings", "lm_head"}
+def _head_gradient(workload: Workload, shape: ModelShape) -> float:
+    """Bytes of the gradient of the head's weight (tied or not): float32, from the first step of the backward."""
+    trained = not workload.is_adapter and workload.trained.keys() & {"embeddings", "lm_head"}
     return 4.0 * shape.vocabulary * shape.hidden if trained else 0.0
 
 
-def _embedding_gradient(setting: Workload, shape: ModelShape) -> float:
-    """The embeddings' own, which stands beside the head's until the two are added."""
-    return setting.bytes_each * shape.vocabulary * shape.hidden
+def _embedding_gradient(workload: Workload, shape: ModelShape) -> float:
+    """Bytes of the embeddings' own gradient, held together with the head's until the two are added."""
+    return workload.bytes_each * shape.vocabulary * shape.hidden
 
 
-def _forward(setting: Workload, shape: ModelShape, positions: float) -> float:
-    """A forward that learns nothing, at its widest step."""
+def _inference(workload: Workload, shape: ModelShape, positions: float) -> float:
+    """Bytes of a forward without gradients, at its widest step."""
     widest = 3.0 * max((layer.mlp for layer in shape.layers), default=0)
     for layer in shape.layers:
         for part, pool in layer.pools.items():
-            share = setting.vision if part == "vision_experts" else 1 - setting.vision
+            share = workload.vision if part == "vision_experts" else 1 - workload.vision
             widest = max(widest, share * shape.top_k * (2 * shape.hidden + 3 * pool.width))
-    return positions * setting.bytes_each * (3 * shape.hidden + widest)
+    return positions * workload.bytes_each * (3 * shape.hidden + widest)
 
 
-def _rollout(setting: Workload, shape: ModelShape) -> float:
-    """Drawing completions: every key and value, the widest step over all prompts at once, and sampling."""
-    if not setting.drawn:
+def _rollout(workload: Workload, shape: ModelShape) -> float:
+    """Bytes while completions are generated: the KV cache, the widest step over all prompts at once, and sampling."""
+    if not workload.drawn:
         return 0.0
-    prompts = setting.drawn * (setting.tokens - setting.completion)
-    cache = shape.cache(setting.drawn * setting.tokens, bytes_each=setting.bytes_each)
-    sampling = _SAMPLING_COPIES * 4.0 * setting.drawn * shape.vocabulary
-    return cache + max(_forward(setting, shape, prompts), sampling)
+    prompts = workload.drawn * (workload.tokens - workload.completion)
+    cache = shape.cache_bytes(workload.drawn * workload.tokens, bytes_each=workload.bytes_each)
+    sampling = _SAMPLING_COPIES * 4.0 * workload.drawn * shape.vocabulary
+    return cache + max(_inference(workload, shape, prompts), sampling)

@@ -1,4 +1,4 @@
-"""A plan as plain text."""
+"""Format a plan as plain text."""
 
 from __future__ import annotations
 
@@ -10,97 +10,92 @@ _GB = 1e9
 
 
 def format_plan(plan: Plan) -> str:
-    """Parameters, memory, verdict, time, the calculator, and what was assumed."""
-    setting, needed = plan.setting, plan.memory
-    parts = [
-        (row.part, f"{row.parameters:,}", f"{row.trainable:,}" if row.trainable else "-")
-        for row in plan.parameter_summary.rows
-    ]
-    parts.append(("all", f"{plan.parameter_summary.parameters:,}", f"{plan.parameter_summary.trainable:,}"))
-    held = [(name, format_gb(size)) for name, size in needed.parts().items()]
-    held.append(("at the worst moment", format_gb(needed.peak)))
+    """Format parameters, memory, whether it fits, time, the calculator, and the assumptions."""
+    workload, memory, summary = plan.workload, plan.memory, plan.parameter_summary
+    parts = [(row.part, f"{row.parameters:,}", f"{row.trainable:,}" if row.trainable else "-") for row in summary.rows]
+    parts.append(("all", f"{summary.parameters:,}", f"{summary.trainable:,}"))
+    sizes = [(name, format_gb(size)) for name, size in memory.parts().items()]
+    sizes.append(("peak", format_gb(memory.peak)))
     calculator = [
         (str(row.bits), f"{row.context:,}", format_gb(row.weights), format_gb(row.cache), format_gb(row.serving))
         + ((format_gb(row.training),) if row.training is not None else ("-",))
         for row in plan.calculator
     ]
     heads = ("bits", "context", "weights", "cache", "serving", "training")
+    notes = "\nGB; serving: weights and the cache of one sequence; training: this recipe with rows of that length"
     return "\n\n".join(
         [
-            f"sizes: {plan.sizes_from}",
+            f"sizes from: {plan.sizes_from}",
             format_table(("part", "parameters", "trained"), parts),
-            format_table((f"on each of {setting.gpus} GPU(s), {setting.strategy}", "GB"), held),
+            format_table((f"on each of {workload.gpus} GPU(s), {workload.strategy}", "GB"), sizes),
             fit_summary(plan),
-            _time(plan),
-            format_table(heads, calculator)
-            + "\nGB; serving: weights and one sequence; training: this recipe at that length",
-            _assumed(plan),
+            _format_time(plan),
+            format_table(heads, calculator) + notes,
+            _format_assumptions(plan),
         ]
     )
 
 
 def fit_summary(plan: Plan) -> str:
-    """Whether it fits, and if not, the smallest change that does."""
-    needed, there = format_gb(plan.memory.peak), format_gb(plan.gpu.memory)
+    """Say whether the run fits and, if not, the smallest change with which it does."""
+    needed, available = format_gb(plan.memory.peak), format_gb(plan.gpu.memory)
     if plan.fits:
-        return f"Fits: {needed} GB of {there}."
+        return f"Fits: {needed} GB of {available}."
     if plan.change is None:
-        return f"Does not fit: {needed} GB of {there}; nothing that was tried does."
-    change = f"{plan.change.says} ({format_gb(plan.change.peak)} GB)"
-    return f"Does not fit: {needed} GB of {there}; smallest change that fits: {change}."
+        return f"Does not fit: {needed} GB of {available}; no change that was tried fits."
+    change = f"{plan.change.description} ({format_gb(plan.change.peak)} GB)"
+    return f"Does not fit: {needed} GB of {available}; smallest change that fits: {change}."
 
 
 def format_gb(size: float) -> str:
-    """Bytes -> GB of 10^9 bytes, three figures."""
+    """Format bytes as GB of 10^9 bytes, with three significant digits."""
     value = size / _GB
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
 
 
 def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns in step: the first to the left, numbers to the right."""
-    widths = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head))]
+    """Align columns: the first to the left, numbers to the right."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
 
     def line(row: Sequence[str]) -> str:
-        first, *others = (
-            cell.ljust(width) if not place else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        cells = (
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
-        return "  ".join([first, *others]).rstrip()
+        return "  ".join(cells).rstrip()
 
     return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
-def _time(plan: Plan) -> str:
-    work, setting = plan.work, plan.setting
+def _format_time(plan: Plan) -> str:
+    work, workload = plan.work, plan.workload
     text = (
-        f"{work.forward / 1e9:.3g} GFLOP a token forward, {work.step / 1e15:.3g} PFLOP a step of "
-        f"{work.tokens:,} tokens: {work.seconds:.3g} s a step"
+        f"{work.forward / 1e9:.3g} GFLOP per token forward, {work.step / 1e15:.3g} PFLOP per step of "
+        f"{work.tokens:,} tokens: {work.seconds:.3g} s per step"
     )
-    if setting.steps is not None:
-        text += f", {work.seconds * setting.steps / 3600:.3g} h for {setting.steps:,} steps"
-    if setting.drawn:
-        text += " (a lower bound: drawing completions is bound by memory)"
+    if workload.steps is not None:
+        text += f", {work.seconds * workload.steps / 3600:.3g} h for {workload.steps:,} steps"
+    if workload.drawn:
+        text += " (a lower bound: memory bandwidth limits generation)"
     return text
 
 
-def _assumed(plan: Plan) -> str:
-    setting = plan.setting
+def _format_assumptions(plan: Plan) -> str:
+    workload = plan.workload
     lines = [
-        "assumed:",
+        "assumptions:",
         f"  training reaches {100 * plan.efficiency:.0f} % of {plan.gpu.peak / 1e12:.0f} TFLOP/s in bfloat16 "
         f"({plan.gpu.name}): not measured",
-        f"  every row has its full length, {setting.tokens:,} tokens, and all of them are scored",
-        "  a GB is 10^9 bytes: what a GPU has beyond that is left to its context and to fragmentation",
+        f"  every row has the maximum length, {workload.tokens:,} tokens, and all of them are scored",
+        "  1 GB is 10^9 bytes: what a GPU has beyond that is reserved for its context and fragmentation",
     ]
-    if setting.shared:
-        lines.append("  of a shared prompt only the images are counted once: text that both answers share saves more")
-    if setting.vision:
-        lines.append(f"  {100 * setting.vision:.0f} % of the tokens are image tokens (--vision-share)")
-    if setting.base_bits < 8 * setting.bytes_each or any(row.bits < 16 for row in plan.calculator):
-        lines.append(
-            "  a quantised base has a 16-bit scale for each 64 weights; this toolkit does not train on one yet"
-        )
-    if setting.reference or setting.is_adapter:
+    if workload.shared:
+        lines.append("  of a shared prompt only the images are counted once: shared text saves more")
+    if workload.vision:
+        lines.append(f"  {100 * workload.vision:.0f} % of the tokens are image tokens (--vision-share)")
+    if workload.base_bits < 8 * workload.bytes_each or any(row.bits < 16 for row in plan.calculator):
+        lines.append("  a quantized base has a 16-bit scale for each 64 weights; training on one is not supported yet")
+    if workload.reference or workload.is_adapter:
         state = "adapters, their gradients and AdamW's two values are float32"
     else:
         state = "gradients and AdamW's two values have the dtype of the weights"

@@ -1,4 +1,4 @@
-"""What a user asked for: strict, frozen recipes, judged whole before anything heavy. Imports no torch."""
+"""Strict, frozen recipes, validated as a whole before anything heavy happens. Imports no torch."""
 
 from ernie_align.recipe.load import differences, load_recipe, to_yaml
 from ernie_align.recipe.rewards import RewardBlock

@@ -1,27 +1,31 @@
-"""A YAML file as plain values, with the place of every key and value in it."""
+"""A YAML file as plain values, with the position of every key and value. A file that contains a secret is rejected."""
 
 from __future__ import annotations
 
 import errno
+import io
 import pathlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.composer import MaxDepthExceededError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from ernie_align.errors import Fault, RecipeError, find_secret, is_secret_key
 
 Path = tuple[str | int, ...]
 COMMAND_LINE = "command line"
-MAX_BYTES = 4 << 20  # of a recipe, or of a file that one names
+MAX_BYTES = 4 << 20  # of a recipe, or of a file that a recipe names
 MAX_DEPTH = 50
 MAX_VALUES = 20_000
-_TOO_MUCH = f"over {MAX_VALUES:,} values, or nested over {MAX_DEPTH} deep, once its aliases are written out"
+_TOO_LARGE = f"more than {MAX_VALUES:,} values, or nested more than {MAX_DEPTH} levels deep, with its aliases expanded"
 
-# The scalars of YAML 1.2's core schema. PyYAML speaks 1.1, where 1e-4 is text, `no` is false and 010 is eight:
-# three ways to train something else than what was written.
+# The scalars of YAML 1.2's core schema. ruamel.yaml's own resolver also reads 1_0 and 0b1 as numbers and 2026-01-01 as
+# a date: silent conversions of what the user wrote as text.
 _SCALARS = (
     (re.compile(r"~|null|Null|NULL|"), lambda text: None),
     (re.compile(r"true|True|TRUE|false|False|FALSE"), lambda text: text.lower() == "true"),
@@ -30,12 +34,24 @@ _SCALARS = (
     (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
     (re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"), lambda text: float(text.replace(".", ""))),
 )
+_TAG = re.compile(r"(&\S+\s+)?!")
+
+_SECRET_WHY = "a recipe is copied into the run directory, and from there to wherever runs are shared"
+_SECRET_FIX = "remove it and revoke it; name a judge's key by api_key_env, and set the hub's token as HF_TOKEN"
 
 
 def read_text_file(path: pathlib.Path) -> str:
-    """Of a file that a recipe names. Raises OSError or ValueError; never waits for a pipe, never reads a device."""
+    """Read a file that a recipe names. Never waits for a pipe and never reads a device.
+
+    Raises OSError, or ValueError for a file that is too large or not UTF-8.
+    """
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "no file")
+        raise OSError(errno.EINVAL, "not a regular file")
+    return read_limited(path)
+
+
+def read_limited(path: pathlib.Path) -> str:
+    """Read at most MAX_BYTES of UTF-8 text. Raises OSError, or ValueError if there is more or other text."""
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
@@ -44,7 +60,7 @@ def read_text_file(path: pathlib.Path) -> str:
 
 
 def scalar(text: str) -> Any:
-    """The value that unquoted `text` has in YAML 1.2."""
+    """Return the value that unquoted `text` has in YAML 1.2."""
     for pattern, convert in _SCALARS:
         if pattern.fullmatch(text):
             return convert(text)
@@ -53,7 +69,7 @@ def scalar(text: str) -> Any:
 
 @dataclass
 class Document:
-    """Plain values and, for each path, where its key and its value stand (`file:line:column`)."""
+    """Plain values and, for each path, the position of its key and of its value (`file:line:column`)."""
 
     name: str
     values: Any = None
@@ -62,108 +78,115 @@ class Document:
     places: dict[Path, str] = field(default_factory=dict)
 
     def place(self, path: Path, *, of_key: bool = False) -> str:
-        """Of the value (or the key) at `path`, or of the nearest thing around it that the file holds."""
+        """Return the position of the value (or key) at `path`, or of the nearest parent that is in the file."""
         for end in range(len(path), -1, -1):
-            here = path[:end]
-            found = (self.keys if of_key else self.places).get(here) or self.places.get(here)
-            if found:
-                return found
+            parent = path[:end]
+            place = (self.keys if of_key else self.places).get(parent) or self.places.get(parent)
+            if place:
+                return place
         return self.name
 
     def address(self, path: Path, *, of_key: bool = False) -> str:
-        """`file:line:column  dotted.key`, or `command line: dotted.key`: what an error begins with."""
+        """Return `file:line:column  dotted.key`, or `command line: dotted.key`, with which an error begins."""
         place = self.place(path, of_key=of_key)
         return f"{place}: {dotted(path)}" if place == COMMAND_LINE else f"{place}  {dotted(path)}".rstrip()
 
 
 def parse_document(text: str, name: str) -> Document:
-    """YAML text -> Document. Tags, merges and repeated keys are refused: a recipe is plain data.
+    """Parse YAML text. Rejects tags, merge keys and duplicate keys: a recipe is plain data.
 
     Raises RecipeError with every such fault.
     """
-    document = Document(name, text=text)
+    yaml = YAML(typ="safe", pure=True)
+    yaml.max_depth = MAX_DEPTH + 1  # of mappings and lists, and a value in the innermost
     try:
-        _judge_depth(text, name)
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
+        root = yaml.compose(text)
+    except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        raise RecipeError.at(where, f"not YAML: {error.problem or error.context}", fix="mend the YAML") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: of a date or a character that is none
+        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        if isinstance(error, MaxDepthExceededError):
+            what = f"nested more than {MAX_DEPTH} levels deep"
+            raise RecipeError.at(place, what, fix="a recipe is a few levels deep") from None
+        what = f"invalid YAML: {error.problem or error.context}"
+        raise RecipeError.at(place, what, fix="correct the YAML syntax") from None
+    except (YAMLError, ValueError) as error:  # ValueError: an escape or a character that does not exist
         reason = str(error).splitlines()[0]
-        raise RecipeError.at(name, f"not YAML: {reason}", fix="mend the YAML") from None
+        raise RecipeError.at(name, f"invalid YAML: {reason}", fix="correct the YAML syntax") from None
+    document = Document(name, text=text)
     faults: list[Fault] = []
-    document.values = {} if root is None else _walk(root, (), document, faults)
+    document.values = {} if root is None else _construct(root, (), document, faults)
     if faults:
         raise RecipeError(*faults)
     return document
 
 
-def _judge_depth(text: str, name: str) -> None:
-    """Before anything is built of the text, which takes a call for each level. Raises RecipeError."""
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            where = f"{name}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
-            raise RecipeError.at(where, f"nested over {MAX_DEPTH} deep", fix="a recipe is a few levels deep")
-
-
-def _walk(node: yaml.Node, path: Path, document: Document, faults: list[Fault]) -> Any:
+def _construct(node: Node, path: Path, document: Document, faults: list[Fault]) -> Any:
+    """Return the node's plain value and record its position. ruamel.yaml's constructors stop at the first fault."""
     place = f"{document.name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
-    if len(document.places) >= MAX_VALUES or len(path) > MAX_DEPTH:  # an alias may stand for itself, or for thousands
-        if not faults or faults[-1].what != _TOO_MUCH:
-            faults.append(Fault(place, _TOO_MUCH, fix="drop the aliases"))
+    if len(document.places) >= MAX_VALUES or len(path) > MAX_DEPTH:  # an alias may contain itself, or thousands
+        if not faults or faults[-1].what != _TOO_LARGE:
+            faults.append(Fault(place, _TOO_LARGE, fix="remove the aliases"))
         return None
     document.places[path] = place
-    if isinstance(node, yaml.MappingNode):
+    if _TAG.match(document.text, node.start_mark.index):
+        what = f"the YAML tag {node.tag} is not allowed"
+        faults.append(Fault(f"{place}  {dotted(path)}", what, fix="a recipe is plain data: remove the tag"))
+        return None
+    if isinstance(node, MappingNode):
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            at = f"{document.name}:{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}"
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if key is None or not _is_text(key):
-                faults.append(Fault(at, "a key must be plain text"))
-                continue
-            if key in mapping:
-                faults.append(
-                    Fault(f"{at}  {dotted((*path, key))}", "this key stands twice", fix="keep one of the two")
-                )
-                continue
-            document.keys[(*path, key)] = at
-            mapping[key] = _walk(value_node, (*path, key), document, faults)
+            key_place = f"{document.name}:{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}"
+            key = key_node.value if isinstance(key_node, ScalarNode) else None
+            if key is None or not _is_valid_text(key):
+                faults.append(Fault(key_place, "a key must be plain text"))
+            elif key in mapping:
+                where = f"{key_place}  {dotted((*path, key))}"
+                faults.append(Fault(where, "duplicate key", fix="keep one of the two"))
+            else:
+                document.keys[(*path, key)] = key_place
+                mapping[key] = _construct(value_node, (*path, key), document, faults)
         return mapping
-    if isinstance(node, yaml.SequenceNode):
-        return [_walk(child, (*path, index), document, faults) for index, child in enumerate(node.value)]
-    written_tag = document.text[node.start_mark.index :].startswith("!")
-    if written_tag:
-        faults.append(Fault(f"{place}  {dotted(path)}", f"tag {node.tag}", fix="a recipe is plain data: drop the tag"))
-        return None
-    if not _is_text(node.value):
-        faults.append(Fault(f"{place}  {dotted(path)}", "a NUL or half a character", fix="write text"))
+    if isinstance(node, SequenceNode):
+        return [_construct(child, (*path, index), document, faults) for index, child in enumerate(node.value)]
+    if not _is_valid_text(node.value):
+        what = "the text contains a NUL or an unpaired surrogate"
+        faults.append(Fault(f"{place}  {dotted(path)}", what, fix="write plain text"))
         return None
     return scalar(node.value) if node.style is None else node.value
 
 
-def _is_text(value: str) -> bool:
-    """Something that a path and a file can hold."""
+def _is_valid_text(value: str) -> bool:
+    """Return True if paths and files can hold the text."""
     return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def dotted(path: Path) -> str:
-    """("data", "train", 0, "path") -> "data.train[0].path"."""
+    """Join a path: ("data", "train", 0, "path") -> "data.train[0].path"."""
     text = ""
     for step in path:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
     return text
 
 
+def dump_yaml(values: Any) -> str:
+    """Write plain values as YAML that readers of versions 1.1 and 1.2 read alike: `'no'` quoted, 1e-5 as 1.0e-05."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.version = (1, 1)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.width = 120
+    stream = io.StringIO()
+    yaml.dump(values, stream)
+    return stream.getvalue().removeprefix("%YAML 1.1\n---\n")
+
+
 def apply_overrides(document: Document, overrides: list[str]) -> None:
-    """`key=value` pairs onto the document, in order; each is reported as `command line`. Raises RecipeError."""
+    """Apply `key=value` pairs to the document, in order; their place is `command line`. Raises RecipeError."""
     faults = []
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            faults.append(Fault(COMMAND_LINE, f"{override!r} is no override", fix="write key=value"))
+            faults.append(Fault(COMMAND_LINE, f"{override!r} is not an override", fix="write key=value"))
             continue
         try:
             value = parse_document(text, f"{COMMAND_LINE}: {key}")
@@ -173,14 +196,14 @@ def apply_overrides(document: Document, overrides: list[str]) -> None:
         if text.strip() == "":
             value.values = None
         path = tuple(int(step) if step.isdigit() else step for step in re.sub(r"\[(\d+)\]", r".\1", key).split("."))
-        fault = _put(document, path, value)
+        fault = _set_value(document, path, value)
         if fault:
             faults.append(fault)
     if faults:
         raise RecipeError(*faults)
 
 
-def _put(document: Document, path: Path, value: Document) -> Fault | None:
+def _set_value(document: Document, path: Path, value: Document) -> Fault | None:
     where = f"{COMMAND_LINE}: {dotted(path)}"
     target = document.values
     for depth, step in enumerate(path[:-1]):
@@ -197,7 +220,7 @@ def _put(document: Document, path: Path, value: Document) -> Fault | None:
     if isinstance(target, list) and not (isinstance(last, int) and last < len(target)):
         return Fault(where, f"{dotted(path[:-1])} has {len(target)} entries, counted from 0")
     if not isinstance(target, (dict, list)):
-        return Fault(where, f"{dotted(path[:-1])} holds no keys")
+        return Fault(where, f"{dotted(path[:-1])} is a single value and has no keys")
     target[last] = value.values
     for known in (document.places, document.keys):
         for old in [old for old in known if old[: len(path)] == path]:
@@ -207,22 +230,19 @@ def _put(document: Document, path: Path, value: Document) -> Fault | None:
     return None
 
 
-_WHY = "a recipe is copied into the run directory, and from there to wherever runs are shared"
-_FIX = "drop it, and withdraw it where it is valid; a judge's key is named by api_key_env, the hub's is HF_TOKEN"
-
-
-def refuse_secrets(document: Document) -> None:
-    """Raises RecipeError with the place of each secret in values and comments, and shows none of them."""
+def reject_secrets(document: Document) -> None:
+    """Raise RecipeError with the place of each secret in values and comments, without showing any of them."""
     faults = []
     for path, key, value in _leaves(document.values, (), ""):
         if not isinstance(value, str) or not value:
             continue
         what = find_secret(value) or ("a secret, by the name of its key" if is_secret_key(key) else None)
         if what is not None:
-            faults.append(Fault(document.address(path), what, why=_WHY, fix=_FIX))
+            faults.append(Fault(document.address(path), what, why=_SECRET_WHY, fix=_SECRET_FIX))
     for number, line in enumerate(document.text.splitlines(), start=1):
         if "#" in line and (what := find_secret(line[line.index("#") :])):
-            faults.append(Fault(f"{document.name}:{number}", f"{what}, in a comment", why=_WHY, fix=_FIX))
+            where = f"{document.name}:{number}"
+            faults.append(Fault(where, f"{what}, in a comment", why=_SECRET_WHY, fix=_SECRET_FIX))
     if faults:
         raise RecipeError(*faults)
 

@@ -1,23 +1,30 @@
-"""YAML and overrides -> a frozen recipe, or every fault in them at once, each with its place."""
+"""Validate YAML and overrides: a frozen recipe, or every fault in them at once, each with its place."""
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from ernie_align.errors import Fault, RecipeError
-from ernie_align.recipe.document import MAX_BYTES, Document, apply_overrides, dotted, parse_document, refuse_secrets
+from ernie_align.errors import Fault, RecipeError, did_you_mean
+from ernie_align.recipe.document import (
+    Document,
+    apply_overrides,
+    dotted,
+    dump_yaml,
+    parse_document,
+    read_limited,
+    reject_secrets,
+)
 from ernie_align.recipe.schema import Block, Recipe
 
 B = TypeVar("B", bound=Block)
 
-_WANTED = {
+# pydantic's error type -> the type that the key needs
+_EXPECTED = {
     "string_type": "text",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -37,116 +44,115 @@ def load_recipe(
     overrides: Iterable[str] = (),
     stage: str | None = None,
 ) -> Recipe:
-    """Read and judge a recipe.
+    """Read and validate a recipe.
 
     source: path of a YAML file, or the same as a mapping; stages: stage name -> its recipe class; overrides:
-    `key=value` texts, judged like the file; stage: the stage that the caller expects (the CLI verb).
-    Raises RecipeError with every fault that was found.
+    `key=value` texts, validated like the file; stage: the stage that the caller expects (the CLI command).
+    Raises RecipeError with every fault.
     """
-    document = _document(source, "recipe")
-    if not isinstance(document.values, dict):
-        raise RecipeError.at(document.place(()), "a recipe is a mapping of keys", fix="begin with stage:")
     overrides = list(overrides)
-    apply_overrides(document, overrides)
-    refuse_secrets(document)
+    document = _read_document(source, "recipe", overrides, fix="begin with stage:")
     cls = _recipe_class(document, stages, stage)
-    recipe, faults = _judge(document, cls)
+    recipe, faults = _validate(document, cls)
     if faults:
         raise RecipeError(*faults)
-    _address(recipe, document, ())
+    _record_places(recipe, document, ())
     recipe._given = document.text + "".join(f"# command line: {override}\n" for override in overrides)
     return recipe
 
 
 def load_block(source: str | Path | Mapping[str, Any], cls: type[B], *, name: str) -> B:
-    """Read and judge a file of another kind than a recipe, as a recipe is judged.
+    """Read and validate a file that is not a recipe, in the same way.
 
-    name: what the kind is called where the source is a mapping. Raises RecipeError with every fault that was found.
+    name: the kind of file, for errors about a mapping. Raises RecipeError with every fault.
     """
-    document = _document(source, name)
-    if not isinstance(document.values, dict):
-        raise RecipeError.at(document.place(()), f"a {name} is a mapping of keys")
-    refuse_secrets(document)
+    document = _read_document(source, name)
     try:
         block = cls.model_validate(document.values)
     except ValidationError as error:
         raise RecipeError(*sorted(_faults(error, document, cls, ()), key=_in_file_order)) from None
-    _address(block, document, ())
+    _record_places(block, document, ())
     return block
 
 
 def to_yaml(recipe: Block) -> str:
-    """The resolved recipe: every key, defaults filled in."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+    """Return the resolved recipe: every key, defaults filled in."""
+    return dump_yaml(recipe.model_dump(mode="json"))
 
 
 def differences(old: str, new: str) -> list[tuple[str, Any, Any]]:
-    """Of two resolved recipes: (dotted key, its value in old, its value in new), None where it is missing."""
-    before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(new))
+    """Compare two resolved recipes: (dotted key, value in old, value in new), with None for a missing key."""
+    before, after = (_flatten(parse_document(text, "recipe").values) for text in (old, new))
     keys = dict.fromkeys([*before, *after])
     return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(values, dict) and values:
         pairs = values.items()
-        return {key: leaf for name, value in pairs for key, leaf in _flat(value, f"{prefix}{name}.").items()}
+        return {key: leaf for name, value in pairs for key, leaf in _flatten(value, f"{prefix}{name}.").items()}
     return {prefix.rstrip("."): values}
 
 
-def _document(source: str | Path | Mapping[str, Any], name: str) -> Document:
-    if not isinstance(source, Mapping):
-        return _read(Path(source))
-    document = parse_document(json.dumps(source), name)  # JSON is YAML; places mean nothing here
-    document.places = dict.fromkeys(document.places, name)
-    document.keys = dict.fromkeys(document.keys, name)
-    document.text = yaml.safe_dump(dict(source), sort_keys=False)
+def _read_document(
+    source: str | Path | Mapping[str, Any], name: str, overrides: list[str] | None = None, *, fix: str = ""
+) -> Document:
+    """Read a mapping of keys without secrets. name: the kind of document, which is also the place in a mapping."""
+    if isinstance(source, Mapping):
+        document = parse_document(json.dumps(source), name)  # JSON is YAML, and the positions in it mean nothing
+        document.places = dict.fromkeys(document.places, name)
+        document.keys = dict.fromkeys(document.keys, name)
+        document.text = dump_yaml(document.values)
+    else:
+        document = _read_file(Path(source))
+    if not isinstance(document.values, dict):
+        raise RecipeError.at(document.place(()), f"a {name} is a mapping of keys", fix=fix)
+    apply_overrides(document, overrides or [])
+    reject_secrets(document)
     return document
 
 
-def _read(path: Path) -> Document:
+def _read_file(path: Path) -> Document:
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise RecipeError.at(str(path), f"over {MAX_BYTES:,} bytes", fix="name a YAML file")
-        text = data.decode("utf-8-sig")
+        text = read_limited(path)
     except FileNotFoundError:
-        raise RecipeError.at(str(path), "no such recipe", fix="name a YAML file; recipes/ holds examples") from None
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path with a NUL
-        raise RecipeError.at(str(path), f"cannot be read: {error}") from None
+        fix = "give the path of a YAML file; `ernie-align recipes` lists the shipped ones"
+        raise RecipeError.at(str(path), "no such recipe", fix=fix) from None
+    except (OSError, ValueError) as error:  # ValueError: too large, not UTF-8, or a path with a NUL
+        raise RecipeError.at(str(path), f"cannot be read: {error}", fix="give the path of a YAML file") from None
     return parse_document(text, str(path))
 
 
 def _recipe_class(document: Document, stages: Mapping[str, type[Recipe]], expected: str | None) -> type[Recipe]:
-    named = document.values.get("stage")
+    stage = document.values.get("stage")
     where = document.address(("stage",))
-    if named is None:
-        raise RecipeError.at(where, "no stage is named", fix=f"write stage: {expected or ' or '.join(stages)}")
-    if not isinstance(named, str) or named not in stages:
-        raise RecipeError.at(where, f"{_show(named)} is no stage", fix=_did_you_mean(str(named), stages))
-    if expected is not None and named != expected:
-        raise RecipeError.at(where, f"this is a {named} recipe", fix=f"run ernie-align {named}, not {expected}")
-    return stages[named]
+    if stage is None:
+        raise RecipeError.at(where, "required key is missing", fix=f"write stage: {expected or ' or '.join(stages)}")
+    if not isinstance(stage, str) or stage not in stages:
+        raise RecipeError.at(where, f"unknown stage {_show(stage)}", fix=did_you_mean(str(stage), stages))
+    if expected is not None and stage != expected:
+        raise RecipeError.at(where, f"this is a {stage} recipe", fix=f"run ernie-align {stage}, not {expected}")
+    return stages[stage]
 
 
-def _judge(document: Document, cls: type[Recipe]) -> tuple[Recipe | None, list[Fault]]:
+def _validate(document: Document, cls: type[Recipe]) -> tuple[Recipe | None, list[Fault]]:
     faults: list[Fault] = []
     training = document.values.get("training")
     if isinstance(training, dict):
-        owned = cls.reserved_training_keys()
-        for key in [key for key in training if key in owned]:
+        reserved = cls.reserved_training_keys()
+        for key in [key for key in training if key in reserved]:
             where = document.address(("training", key), of_key=True)
-            faults.append(Fault(where, "not set under training", fix=owned[key]))
-        allowed = {key: value for key, value in training.items() if key not in owned}
+            faults.append(Fault(where, "this key is not set under training", fix=reserved[key]))
+        allowed = {key: value for key, value in training.items() if key not in reserved}
         try:
             cls.training_model().model_validate(allowed)
         except ValidationError as error:
             faults += _faults(error, document, cls.training_model(), ("training",))
+    recipe = None
     try:
         recipe = cls.model_validate(document.values)
     except ValidationError as error:
-        return None, sorted(_faults(error, document, cls, ()) + faults, key=_in_file_order)
+        faults = _faults(error, document, cls, ()) + faults
     return recipe, sorted(faults, key=_in_file_order)
 
 
@@ -156,20 +162,20 @@ def _in_file_order(fault: Fault) -> tuple:
 
 def _faults(error: ValidationError, document: Document, cls: type[BaseModel], prefix: tuple) -> list[Fault]:
     faults: dict[tuple, Fault] = {}
-    wanted: dict[tuple, list[str]] = {}
+    expected: dict[tuple, list[str]] = {}
     for item in error.errors(include_url=False):
-        path = _path(item, document, prefix)
-        if item["type"] in _WANTED:  # one error per member of a union: they become one fault
-            wanted.setdefault(path, []).append(_WANTED[item["type"]])
-            what = f"{_show(item['input'])} where {' or '.join(dict.fromkeys(wanted[path]))} is wanted"
+        path = _document_path(item, document, prefix)
+        if item["type"] in _EXPECTED:  # pydantic reports one error per member of a union: they become one fault
+            expected.setdefault(path, []).append(_EXPECTED[item["type"]])
+            what = f"expected {' or '.join(dict.fromkeys(expected[path]))}, got {_show(item['input'])}"
             faults[path] = Fault(document.address(path), what)
-        elif path not in wanted:
-            faults[(*path, len(faults))] = _fault(item, path, document, _holder(path[len(prefix) :], cls))
+        elif path not in expected:
+            faults[(*path, len(faults))] = _fault(item, path, document, _parent_block(path[len(prefix) :], cls))
     return list(faults.values())
 
 
-def _path(item: dict[str, Any], document: Document, prefix: tuple) -> tuple:
-    """Where the error is in the document: pydantic's location without the tags of unions."""
+def _document_path(item: dict[str, Any], document: Document, prefix: tuple) -> tuple:
+    """Return the path of the error in the document: pydantic's location without the tags of unions."""
     path, value = [], document.values
     loc = (*prefix, *item["loc"])
     for number, step in enumerate(loc):
@@ -181,15 +187,15 @@ def _path(item: dict[str, Any], document: Document, prefix: tuple) -> tuple:
     return tuple(path)
 
 
-def _holder(path: tuple, cls: type[BaseModel]) -> type[BaseModel]:
-    """The block whose key is the last step of `path`."""
+def _parent_block(path: tuple, cls: type[BaseModel]) -> type[BaseModel]:
+    """Return the block that has the last step of `path` as a key."""
     for step in path[:-1]:
         known = cls.model_fields.get(step) if isinstance(step, str) else None
         cls = (_block_of(known.annotation) if known is not None else None) or cls
     return cls
 
 
-def _fault(item: dict[str, Any], path: tuple, document: Document, holder: type[BaseModel]) -> Fault:
+def _fault(item: dict[str, Any], path: tuple, document: Document, parent: type[BaseModel]) -> Fault:
     kind, context = item["type"], item.get("ctx", {})
     key, value = path[-1] if path else "", item.get("input")
     if kind == "align":
@@ -197,38 +203,23 @@ def _fault(item: dict[str, Any], path: tuple, document: Document, holder: type[B
         return Fault(document.address(path), context["what"], context["why"], context["fix"])
     where = document.address(path, of_key=kind in ("extra_forbidden", "missing"))
     if kind == "extra_forbidden":
-        home = getattr(holder, "keys_of_other_stages", {}).get(key)
-        if home:
-            return Fault(where, "not a key of this stage", fix=home)
-        return Fault(where, "unknown key", fix=_did_you_mean(str(key), holder.model_fields))
+        other_stage = getattr(parent, "keys_of_other_stages", {}).get(key)
+        if other_stage:
+            return Fault(where, "not a key of this stage", fix=other_stage)
+        all_keys = "ernie-align schema --markdown lists every key"
+        return Fault(where, "unknown key", fix=did_you_mean(str(key), parent.model_fields, otherwise=all_keys))
     if kind == "missing":
-        return Fault(where, "missing", fix=f"add {dotted(path)}:")
+        return Fault(where, "required key is missing", fix=f"add {dotted(path)}:")
     if kind in ("literal_error", "enum"):
-        choices = str(context.get("expected", "")).replace(" or ", ", ").split(", ")
-        return Fault(
-            where,
-            f"{_show(value)} is none of its values",
-            fix=_did_you_mean(str(value), [c.strip("'") for c in choices]),
-        )
-    return Fault(where, f"{_show(value)}: {item['msg'][0].lower()}{item['msg'][1:]}")
+        choices = [choice.strip("'") for choice in str(context.get("expected", "")).replace(" or ", ", ").split(", ")]
+        return Fault(where, f"invalid value {_show(value)}", fix=did_you_mean(str(value), choices))
+    return Fault(where, f"invalid value {_show(value)}: {item['msg'][0].lower()}{item['msg'][1:]}")
 
 
 def _block_of(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        found = _block_of(inner)
-        if found:
-            return found
-    return None
-
-
-def _did_you_mean(word: str, choices: Iterable[str]) -> str:
-    choices = [choice for choice in choices if choice]
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {close[0]}?"
-    return f"choose from {', '.join(choices)}" if len(choices) <= 16 else "see ernie-align schema for the keys"
+    return next(filter(None, map(_block_of, getattr(annotation, "__args__", ()))), None)
 
 
 def _show(value: Any) -> str:
@@ -236,16 +227,16 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _address(block: Block, document: Document, path: tuple) -> None:
-    """Tell each block where its keys stand, so that a later error about one can say so."""
+def _record_places(block: Block, document: Document, path: tuple) -> None:
+    """Record in each block the positions of its keys, so that later errors can quote them."""
     block._places[""] = document.address(path) if path else document.name
     for name in type(block).model_fields:
-        here = (*path, name)
-        if here in document.places:
-            block._places[name] = document.address(here)
+        key_path = (*path, name)
+        if key_path in document.places:
+            block._places[name] = document.address(key_path)
         value = getattr(block, name)
         children = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
         steps = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else [None]
         for step, child in zip(steps, children, strict=True):
             if isinstance(child, Block):
-                _address(child, document, here if step is None else (*here, step))
+                _record_places(child, document, key_path if step is None else (*key_path, step))

@@ -1,9 +1,8 @@
-"""The blocks under `rewards:`: what an answer is paid for."""
+"""The blocks under `rewards:`, and the signature of a reward function that a recipe names."""
 
 from __future__ import annotations
 
 import ast
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,84 +13,134 @@ from typing import Annotated, Any, Literal, Self, Union
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from ernie_align.errors import did_you_mean
 from ernie_align.recipe.document import read_text_file
 from ernie_align.recipe.schema import Block, fault
+
+# Arguments that TRL passes to every reward function besides the columns of the rows.
+TRL_REWARD_ARGUMENTS = frozenset(
+    {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
+)
+
+# old name of a reward -> new name; the old one gets an error for one version
+_RENAMED = {"maths": "math"}
 
 Unit = Literal["tokens", "characters", "words"]
 
 
+@dataclass(frozen=True)
+class FunctionSignature:
+    """The parameters of a function, read from its source without running it.
+
+    line: of the definition, from 1; required, optional: parameters without and with a default, except those that TRL
+    passes; accepts_kwargs: it has **kwargs.
+    """
+
+    line: int
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    accepts_kwargs: bool
+    is_async: bool
+
+    @classmethod
+    def read(cls, path: Path, name: str) -> FunctionSignature:
+        """Read the top-level function `name` of the file. Raises a recipe fault if there is none."""
+        try:
+            tree = ast.parse(read_text_file(path), str(path))
+        except OSError as error:
+            fix = "give the path of a Python file; relative paths start at the working directory"
+            raise fault("", f"{path} cannot be read: {error.strerror}", fix=fix) from None
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
+            raise fault("", f"{path} is not valid Python: {error}", fix="correct the file") from None
+        functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        if name not in functions:
+            fix = did_you_mean(name, functions, otherwise="define it at the top level of the file")
+            raise fault("", f"{path} has no function {name}", fix=fix)
+        node = functions[name]
+        names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+        without_default = len(names) - len(node.args.defaults)
+        keywords = list(zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True))
+        required = [*names[:without_default], *(key.arg for key, default in keywords if default is None)]
+        optional = [*names[without_default:], *(key.arg for key, default in keywords if default is not None)]
+        return cls(
+            line=node.lineno,
+            required=tuple(name for name in required if name not in TRL_REWARD_ARGUMENTS),
+            optional=tuple(name for name in optional if name not in TRL_REWARD_ARGUMENTS),
+            accepts_kwargs=node.args.kwarg is not None,
+            is_async=isinstance(node, ast.AsyncFunctionDef),
+        )
+
+
 class _Reward(Block):
-    """What every reward has."""
+    """The keys that every reward has."""
 
     name: str
-    label: str | None = Field(None, min_length=1, description="What logs call it; otherwise its name")
-    weight: float = Field(
-        1.0, allow_inf_nan=False, description="In the sum of rewards; negative is a penalty, 0 is only logged"
-    )
+    label: str | None = Field(None, min_length=1, description="Name of the reward in logs; default: its name")
+    weight: float = Field(1.0, description="Weight in the sum of rewards; negative for a penalty, 0 to log it only")
 
 
-_Column = Field("answer", description="Row column with the expected answer; a list there holds several right ones")
-_IgnoreCase = Field(False, description="Upper and lower case are the same")
+ANSWER_COLUMN = Field("answer", description="Row column with the expected answer, or a list of correct ones")
+_IGNORE_CASE = Field(False, description="Ignore upper and lower case")
 
 
 class ExactMatchReward(_Reward):
-    """1 if the answer equals the expected one but for white space around them, else 0."""
+    """1 if the answer equals the expected one, ignoring surrounding white space, else 0."""
 
     name: Literal["exact_match"]
-    column: str = _Column
-    ignore_case: bool = _IgnoreCase
+    column: str = ANSWER_COLUMN
+    ignore_case: bool = _IGNORE_CASE
 
 
 class ContainsReward(_Reward):
     """1 if the answer contains the expected text, else 0."""
 
     name: Literal["contains"]
-    column: str | None = Field(None, description="Row column with the text; a list there holds several, one suffices")
+    column: str | None = Field(None, description="Row column with the text, or a list of texts of which one suffices")
     text: str | None = Field(None, min_length=1, description="The same text for every row")
-    ignore_case: bool = _IgnoreCase
+    ignore_case: bool = _IGNORE_CASE
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if (self.column is None) == (self.text is None):
-            what = "neither column nor text" if self.column is None else "both column and text"
-            raise fault("text" if self.text else "", what, fix="name a column of the rows, or one text for all of them")
+            what = "neither column nor text is given" if self.column is None else "both column and text are given"
+            raise fault("text" if self.text else "", what, fix="give a column of the rows, or one text for all rows")
         return self
 
 
 class ChoiceReward(_Reward):
-    """1 if the answer settles on the expected letter of a multiple choice, else 0; an ambiguous answer is wrong."""
+    """1 if the answer chooses the expected letter of a multiple choice, else 0; an ambiguous answer gets 0."""
 
     name: Literal["choice"]
-    column: str = Field("answer", description="Row column with the letter, its number counted from 0, or its text")
-    options_column: str | None = Field(None, description="Row column with the options' texts, in the letters' order")
-    letters: str = Field(
-        "ABCDEFGHIJ", pattern="^[A-Z]{2,26}$", description="The letters there are, where no options are given"
-    )
+    column: str = Field("answer", description="Row column with the letter, the option's number from 0, or its text")
+    options_column: str | None = Field(None, description="Row column with the options' texts, in order of the letters")
+    letters: str = Field("ABCDEFGHIJ", pattern="^[A-Z]{2,26}$", description="Valid letters without options_column")
 
 
 class NumericReward(_Reward):
-    """1 if the last number of the answer is the expected one within the wider of both tolerances, else 0."""
+    """1 if the last number in the answer is within the wider of the two tolerances of the expected one, else 0."""
 
     name: Literal["numeric"]
-    column: str = _Column
-    absolute: float = Field(0.0, ge=0, description="Tolerance in the number's own unit")
+    column: str = ANSWER_COLUMN
+    absolute: float = Field(0.0, ge=0, description="Absolute tolerance")
     relative: float = Field(1e-6, ge=0, description="Tolerance as a share of the expected number")
 
 
 class MathReward(_Reward):
-    """1 if the answer is mathematically equal to the expected one, as math-verify sees it, else 0."""
+    """1 if math-verify finds the answer mathematically equal to the expected one, else 0."""
 
-    name: Literal["maths"]
-    column: str = Field("answer", description="Row column with the expected answer: LaTeX or plain")
-    timeout: float = Field(5.0, gt=0, description="Seconds of computing for one comparison; what takes longer is wrong")
+    name: Literal["math"]
+    column: str = Field("answer", description="Row column with the expected answer, as LaTeX or plain text")
+    timeout: float = Field(
+        5.0, gt=0, description="Maximum seconds of computing for one comparison; a slower one gets 0"
+    )
 
 
 class FormatReward(_Reward):
-    """1 if the answer matches a regular expression, else 0."""
+    """1 if the answer matches a regular expression within a second of computing, else 0."""
 
     name: Literal["format"]
-    pattern: str = Field(description="Regular expression of Python's re; flags as in (?s) or (?i)")
-    match: Literal["full", "search"] = Field("full", description="The whole answer must match, or some part of it")
+    pattern: str = Field(description="Regular expression of Python's re module; write flags inline: (?s) or (?i)")
+    match: Literal["full", "search"] = Field("full", description="Match the whole answer (full), or a part (search)")
 
     @field_validator("pattern")
     @classmethod
@@ -100,37 +149,37 @@ class FormatReward(_Reward):
             re.compile(pattern)
         except re.error as error:
             at = "" if error.pos is None else f", at character {error.pos + 1}"
-            raise fault("", f"no regular expression: {error.msg}{at}", fix="mend the pattern") from None
+            raise fault("", f"invalid regular expression: {error.msg}{at}", fix="correct the pattern") from None
         return pattern
 
 
-def _in_order(block: Any) -> None:
+def _check_bounds(block: Any) -> None:
     if block.min is not None and block.max is not None and block.min > block.max:
-        raise fault("min", f"min {block.min} is over max {block.max}", fix="write the smaller one as min")
+        raise fault("min", f"min {block.min} is larger than max {block.max}", fix="make min the smaller one")
 
 
 class ThinkingReward(_Reward):
-    """1 if the reasoning is there, closed and not empty, and an answer without thinking tags follows; else 0."""
+    """1 if a closed, non-empty thinking block precedes an answer without thinking tags, else 0."""
 
     name: Literal["thinking"]
-    min: int | None = Field(None, ge=1, description="Characters of reasoning, at least")
-    max: int | None = Field(None, ge=1, description="Characters of reasoning, at most")
+    min: int | None = Field(None, ge=1, description="Minimum characters of reasoning")
+    max: int | None = Field(None, ge=1, description="Maximum characters of reasoning")
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> Self:
-        _in_order(self)
+        _check_bounds(self)
         return self
 
 
 class JsonSchemaReward(_Reward):
-    """1 if the answer is JSON that is valid against a JSON schema, else 0."""
+    """1 if the answer is JSON that conforms to a JSON schema, within a second of computing, else 0."""
 
     name: Literal["json_schema"]
     against: Annotated[
         Annotated[dict[str, Any], Tag("mapping")] | Annotated[str, Tag("text")],
         Discriminator(lambda value: "mapping" if isinstance(value, Mapping) else "text"),
-    ] = Field(description="The schema itself, or the path of a JSON file with it")
-    fenced: bool = Field(False, description="The answer may stand in a ```json fence")
+    ] = Field(description="The JSON schema, or the path of a JSON file that contains it")
+    fenced: bool = Field(False, description="Accept an answer inside a ```json fence")
 
     @field_validator("against")
     @classmethod
@@ -141,133 +190,139 @@ class JsonSchemaReward(_Reward):
 
     @property
     def schema_dict(self) -> dict[str, Any]:
-        """The schema as a mapping, from the file where one is named."""
+        """The schema as a mapping, read from the file if `against` is a path."""
         return _read_json(self.against) if isinstance(self.against, str) else self.against
 
 
 def _read_json(path: str) -> dict[str, Any]:
     try:
-        found = json.loads(read_text_file(Path(path)))
+        schema = json.loads(read_text_file(Path(path)))
     except OSError as error:
-        raise fault(
-            "", f"{path} cannot be read: {error.strerror}", fix="paths start at the working directory"
-        ) from None
+        fix = "give the path of a JSON file; relative paths start at the working directory"
+        raise fault("", f"{path} cannot be read: {error.strerror}", fix=fix) from None
     except (ValueError, RecursionError) as error:
-        raise fault("", f"{path} is not JSON: {error}", fix="mend the file") from None
-    if not isinstance(found, dict):
-        raise fault("", f"{path} holds no mapping", fix="a JSON schema is a mapping")
-    return found
+        raise fault("", f"{path} is not valid JSON: {error}", fix="correct the file") from None
+    if not isinstance(schema, dict):
+        raise fault("", f"{path} does not contain a JSON object", fix="a JSON schema is an object")
+    return schema
 
 
 class IouReward(_Reward):
-    """Overlap of the boxes in the answer with the expected ones: intersection over union, averaged over boxes."""
+    """Intersection over union of the answer's boxes with the expected ones, averaged over boxes."""
 
     name: Literal["iou"]
-    column: str = Field("boxes", description="Row column with one box of four numbers, a list of boxes, or their text")
+    column: str = Field(
+        "boxes", description="Row column with a box of four numbers, a list of boxes, or either as text"
+    )
     form: Literal["xyxy", "xywh"] = Field("xyxy", description="Two corners, or a corner with width and height")
-    column_form: Literal["xyxy", "xywh"] | None = Field(None, description="Of the column, where it differs from form")
-    threshold: float | None = Field(None, gt=0, le=1, description="A box counts 1 from this overlap on, else 0")
+    column_form: Literal["xyxy", "xywh"] | None = Field(None, description="Form in the column; default: form")
+    threshold: float | None = Field(None, gt=0, le=1, description="A box counts 1 from this overlap on, below it 0")
 
 
 class LengthReward(_Reward):
-    """1 while the length is within bounds; outside it falls linearly to 0."""
+    """1 if the length is within bounds; outside them it falls linearly to 0."""
 
     name: Literal["length"]
-    unit: Unit = Field("characters", description="tokens count the whole completion; the others the answer alone")
-    target: int | None = Field(None, ge=1, description="Stands for min and max at once")
-    min: int | None = Field(None, ge=1, description="In units")
-    max: int | None = Field(None, ge=1, description="In units")
-    falloff: int | None = Field(None, ge=1, description="From the bound to 0, in units; otherwise the bound itself")
+    unit: Unit = Field("characters", description="tokens counts the whole completion, the other units only the answer")
+    target: int | None = Field(None, ge=1, description="Sets min and max to the same value")
+    min: int | None = Field(None, ge=1, description="Minimum length in units")
+    max: int | None = Field(None, ge=1, description="Maximum length in units")
+    falloff: int | None = Field(None, ge=1, description="Units from the bound to reward 0; default: the bound itself")
 
     @model_validator(mode="after")
     def _some_bound(self) -> Self:
         bounds = [name for name in ("min", "max") if getattr(self, name) is not None]
         if self.target is not None and bounds:
-            raise fault("target", f"target and {' and '.join(bounds)}", fix="write target, or min and max")
+            raise fault(
+                "target", f"target and {' and '.join(bounds)} are both given", fix="write target, or min and max"
+            )
         if self.target is None and not bounds:
-            raise fault("", "no bound is named", fix="write target:, min: or max:")
-        _in_order(self)
+            raise fault("", "no bound is given", fix="write target:, min: or max:")
+        _check_bounds(self)
         return self
 
 
 class RepetitionReward(_Reward):
-    """Minus the share of n-grams that repeat an earlier one: 0 without repetition, toward -1 with nothing else."""
+    """Minus the share of n-grams that repeat an earlier one: 0 without repetition, close to -1 for repetition only."""
 
     name: Literal["repetition"]
-    unit: Unit = Field("words", description="tokens see the whole completion; characters suit Chinese")
-    ngram: int = Field(3, ge=1, description="Units of one n-gram")
+    unit: Unit = Field("words", description="tokens counts the whole completion; characters suits Chinese")
+    ngram: int = Field(3, ge=1, description="Units per n-gram")
 
 
 class JudgeReward(_Reward):
-    """The score of a language model behind an OpenAI-compatible endpoint, scaled to 0..1."""
+    """Score from an LLM judge behind an OpenAI-compatible endpoint, scaled to 0..1."""
 
     name: Literal["judge"]
-    url: str = Field(pattern="^https?://", description="Base of the endpoint, such as http://localhost:8000/v1")
-    model: str = Field(description="Model name that the endpoint knows")
-    rubric: str = Field(min_length=1, description="What earns which score")
-    reference_column: str | None = Field(None, description="Row column with an answer known to be good")
+    url: str = Field(pattern="^https?://", description="Base URL of the endpoint, such as http://localhost:8000/v1")
+    model: str = Field(description="Model name at the endpoint")
+    rubric: str = Field(min_length=1, description="Instructions that say what earns which score")
+    reference_column: str | None = Field(None, description="Row column with a reference answer")
     api_key_env: str | None = Field(
-        None, pattern="^[A-Za-z_][A-Za-z0-9_]*$", description="Environment variable that holds the key"
+        None, pattern="^[A-Za-z_][A-Za-z0-9_]*$", description="Environment variable with the API key"
     )
-    min_score: float = Field(0.0, allow_inf_nan=False, description="The score that counts 0")
-    max_score: float = Field(10.0, allow_inf_nan=False, description="The score that counts 1")
-    images: bool = Field(False, description="Show the judge the prompt's images too")
-    temperature: float = Field(0.0, ge=0, description="Of the judge; 0 is greedy")
-    max_tokens: int | None = Field(None, ge=1, description="Of a verdict; otherwise the endpoint's own limit")
-    concurrency: int = Field(8, ge=1, description="Requests under way at once")
-    timeout: float = Field(60.0, gt=0, description="Seconds for one request")
-    retries: int = Field(4, ge=0, description="Of a request that failed or whose verdict holds no score")
-    backoff: float = Field(1.0, gt=0, description="Seconds before the first retry; doubles with each")
+    min_score: float = Field(0.0, description="Score that maps to 0")
+    max_score: float = Field(10.0, description="Score that maps to 1")
+    images: bool = Field(False, description="Also send the prompt's images to the judge")
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature of the judge; 0 is greedy")
+    max_tokens: int | None = Field(None, ge=1, description="Maximum tokens of a reply; default: the endpoint's limit")
+    concurrency: int = Field(8, ge=1, description="Maximum concurrent requests")
+    timeout: float = Field(60.0, gt=0, description="Seconds until a request times out")
+    retries: int = Field(4, ge=0, description="Retries of a request that failed, or whose reply contains no score")
+    backoff: float = Field(1.0, gt=0, description="Seconds before the first retry; doubles with each retry")
 
     @model_validator(mode="after")
     def _scores_in_order(self) -> Self:
         if self.min_score >= self.max_score:
-            raise fault("max_score", f"{self.max_score} is not over min_score {self.min_score}")
+            what = f"{self.max_score} is not larger than min_score {self.min_score}"
+            raise fault("max_score", what, fix="make max_score the larger one")
         return self
 
 
 class CustomReward(_Reward):
-    """A function of the user's own: the one place where a recipe names code."""
+    """A function of the user: the only place where a recipe names code."""
 
     name: str = Field(pattern=r"^.+\.py:[A-Za-z_]\w*$", description="path/to/file.py:function")
-    args: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments, the same for every call")
+    args: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments that every call gets")
 
     @property
     def path(self) -> Path:
-        """The file, relative to the working directory like every path of a recipe."""
+        """The file; relative paths start at the working directory, as everywhere in a recipe."""
         return Path(self.name.rpartition(":")[0])
 
     @property
     def function(self) -> str:
-        """The function's name."""
+        """The name of the function."""
         return self.name.rpartition(":")[2]
 
     @property
+    def signature(self) -> FunctionSignature:
+        """The function's parameters, read from its file."""
+        return FunctionSignature.read(self.path, self.function)
+
+    @property
     def columns(self) -> tuple[str, ...]:
-        """The row columns it cannot do without: parameters with no default that neither TRL nor args gives."""
-        return tuple(
-            name for name in FunctionSignature.read(self.path, self.function).required if name not in self.args
-        )
+        """Required row columns: parameters without a default that neither TRL nor args provides."""
+        return tuple(name for name in self.signature.required if name not in self.args)
 
     @field_validator("name")
     @classmethod
     def _can_be_called(cls, name: str) -> str:
         path, _, function = name.rpartition(":")
-        found = FunctionSignature.read(Path(path), function)
-        if found.is_async:
-            raise fault("", f"{function} is async ({path}:{found.line})", fix="write a plain function")
-        if not found.accepts_kwargs:
-            what = f"{function} takes no **kwargs ({path}:{found.line})"
+        signature = FunctionSignature.read(Path(path), function)
+        if signature.is_async:
+            raise fault("", f"{function} is async ({path}:{signature.line})", fix="write a plain function")
+        if not signature.accepts_kwargs:
+            what = f"{function} does not accept **kwargs ({path}:{signature.line})"
             raise fault("", what, why="TRL passes every column of the rows, and more", fix="add **kwargs")
         return name
 
     @model_validator(mode="after")
     def _args_are_parameters(self) -> Self:
-        found = FunctionSignature.read(self.path, self.function)
-        known = [*found.required, *found.optional]
+        known = [*self.signature.required, *self.signature.optional]
         for key in self.args:
             if key not in known:
-                fix = did_you_mean(key, known) if known else "give it such a parameter"
+                fix = did_you_mean(key, known, otherwise="add the parameter to the function")
                 raise fault("args", f"{self.function} has no parameter {key!r}", fix=fix)
         return self
 
@@ -277,7 +332,7 @@ CRITERIA = {
     "contains": ContainsReward,
     "choice": ChoiceReward,
     "numeric": NumericReward,
-    "maths": MathReward,
+    "math": MathReward,
     "format": FormatReward,
     "thinking": ThinkingReward,
     "json_schema": JsonSchemaReward,
@@ -290,11 +345,11 @@ Criterion = Union[(*CRITERIA.values(), CustomReward)]
 
 
 class ChecklistReward(_Reward):
-    """Several criteria, each a reward of its own: their mean by weight, over those that apply to the row."""
+    """Weighted mean of several criteria, each a reward, over those that apply to the row."""
 
     name: Literal["checklist"]
     criteria: list[Annotated[Criterion, BeforeValidator(lambda value: parse_named_block(value, CRITERIA))]] = Field(
-        min_length=1, description="Any reward but another checklist"
+        min_length=1, description="Any rewards except another checklist"
     )
 
     @field_validator("criteria")
@@ -303,7 +358,7 @@ class ChecklistReward(_Reward):
         for criterion in criteria:
             if criterion.weight <= 0:
                 what = f"criterion {criterion.name} has weight {criterion.weight}"
-                raise fault("", what, why="a checklist is a mean by weight", fix="give each a weight over 0")
+                raise fault("", what, why="a checklist is a weighted mean", fix="give each criterion a weight above 0")
         return criteria
 
 
@@ -311,29 +366,32 @@ REWARDS = {**CRITERIA, "checklist": ChecklistReward}
 
 
 def reward_names(blocks: Sequence[Any]) -> list[str]:
-    """What logs and other keys call each reward: its label, or its name; the second without a label is name_2."""
+    """Return each reward's name in logs and other keys: its label, or its name, or name_2 if that is taken."""
     names: list[str] = []
     for block in blocks:
-        own = block.label or block.name.rpartition(":")[2]
-        numbered = (own if number == 1 else f"{own}_{number}" for number in range(1, len(names) + 2))
+        base = block.label or block.name.rpartition(":")[2]
+        numbered = (base if number == 1 else f"{base}_{number}" for number in range(1, len(names) + 2))
         names.append(next(name for name in numbered if name not in names))
     return names
 
 
 def parse_named_block(value: Any, blocks: Mapping[str, type[Block]], *, kind: str = "reward") -> Block:
-    """The block that `name` asks for. A bare union would report the faults of all its members instead of its own."""
+    """Validate the block that `name` selects. A plain union would report the faults of all its members."""
     if isinstance(value, Block):
         return value
     if not isinstance(value, Mapping):
-        raise fault("", f"{value!r} is no {kind}", fix="write a mapping: {name: exact_match, column: answer}")
+        fix = "write a mapping: {name: exact_match, column: answer}"
+        raise fault("", f"expected a {kind}, got {value!r}", fix=fix)
     name = value.get("name")
-    known = f"there are {', '.join(blocks)}, and your own as path/to/file.py:function"
+    known = f"valid names are {', '.join(blocks)}, and path/to/file.py:function for your own"
     if not isinstance(name, str):
-        raise fault("name" if "name" in value else "", f"no {kind} is named", why=known, fix="write name:")
+        raise fault("name" if "name" in value else "", f"the {kind} has no name", why=known, fix="write name:")
     cls = CustomReward if ".py" in name else blocks.get(name)
+    if cls is None and name in _RENAMED:
+        new = _RENAMED[name]
+        raise fault("name", f"the {kind} {name!r} is now called {new!r}", fix=f"write name: {new}")
     if cls is None:
-        close = difflib.get_close_matches(name, blocks, n=1, cutoff=0.6)
-        raise fault("name", f"{name!r} is no {kind}", why=known, fix=f"did you mean {close[0]}?" if close else "")
+        raise fault("name", f"unknown {kind} {name!r}", why=known, fix=did_you_mean(name, blocks))
     try:
         return cls.model_validate(value)
     except ValidationError as error:
@@ -341,10 +399,10 @@ def parse_named_block(value: Any, blocks: Mapping[str, type[Block]], *, kind: st
 
 
 def _line(cls: type[Block], item: Any) -> InitErrorDetails:
-    """One fault of the block. Only here is it known which keys the user could have meant."""
+    """Return one fault of the block. Unknown keys get their suggestion here, where the block is known."""
     kind, loc, context = item["type"], item["loc"], item.get("ctx", {})
     if kind == "extra_forbidden" and len(loc) == 1:
-        custom = fault(str(loc[0]), "unknown key", fix=did_you_mean(str(loc[0]), list(cls.model_fields)))
+        custom = fault(str(loc[0]), "unknown key", fix=did_you_mean(str(loc[0]), cls.model_fields))
         return InitErrorDetails(type=custom, input=item["input"])
     if kind == "align":
         kind = PydanticCustomError("align", "{what}", context)
@@ -352,65 +410,3 @@ def _line(cls: type[Block], item: Any) -> InitErrorDetails:
 
 
 RewardBlock = Annotated[Criterion | ChecklistReward, BeforeValidator(lambda value: parse_named_block(value, REWARDS))]
-
-
-# What TRL hands to every reward function beside the columns of the rows.
-TRL_REWARD_ARGUMENTS = (
-    "prompts",
-    "completions",
-    "completion_ids",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
-    "environments",
-)
-
-
-@dataclass(frozen=True)
-class FunctionSignature:
-    """line: where it begins, from 1; required, optional: its parameters without and with a default, minus what TRL
-    gives; takes_any: it has **kwargs.
-    """
-
-    line: int
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
-    accepts_kwargs: bool
-    is_async: bool
-
-    @classmethod
-    def read(cls, path: Path, name: str) -> FunctionSignature:
-        """The function `name` at the top level of the file. Raises a fault of the recipe if there is none."""
-        try:
-            tree = ast.parse(read_text_file(path), str(path))
-        except OSError as error:
-            what = f"{path} cannot be read: {error.strerror}"
-            raise fault("", what, fix="name a file; paths start at the working directory") from None
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # of nesting: either of the last two
-            raise fault("", f"{path} is no Python: {error}", fix="mend the file") from None
-        functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-        if name not in functions:
-            fix = did_you_mean(name, list(functions)) if functions else "define it at the file's top level"
-            raise fault("", f"{path} has no function {name}", fix=fix)
-        return cls._of(functions[name])
-
-    @classmethod
-    def _of(cls, node: ast.FunctionDef | ast.AsyncFunctionDef) -> FunctionSignature:
-        names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
-        bare = len(names) - len(node.args.defaults)
-        keywords = list(zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True))
-        required = [*names[:bare], *(key.arg for key, default in keywords if default is None)]
-        optional = [*names[bare:], *(key.arg for key, default in keywords if default is not None)]
-        return cls(
-            line=node.lineno,
-            required=tuple(name for name in required if name not in TRL_REWARD_ARGUMENTS),
-            optional=tuple(name for name in optional if name not in TRL_REWARD_ARGUMENTS),
-            accepts_kwargs=node.args.kwarg is not None,
-            is_async=isinstance(node, ast.AsyncFunctionDef),
-        )
-
-
-def did_you_mean(word: str, choices: Sequence[str]) -> str:
-    """The next move after a wrong name: the nearest right one, or all of them."""
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else f"choose from {', '.join(choices)}"

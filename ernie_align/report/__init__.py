@@ -1,4 +1,4 @@
-"""Runs and comparisons as lines on the terminal, pictures in a notebook, and one HTML page."""
+"""Reports of runs and evaluations: terminal output, pictures for notebooks, and one HTML page."""
 
 from ernie_align.report.console import quiet_libraries
 from ernie_align.report.folders import read_metric

@@ -1,73 +1,76 @@
-"""Folders of runs and evaluations, read for a page: whatever is there, and nothing that is not."""
+"""Read run directories and evaluation reports; files that do not exist are skipped."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ernie_align.errors import DataError
+from ernie_align.errors import DataError, did_you_mean
 
 _SHOWN_COMPLETIONS = 12
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory. metrics: the lines of metrics.jsonl; completions: of its last kept rollout, and its step."""
+    """A run directory. metrics: the lines of metrics.jsonl; completions, step: of the last saved rollout."""
 
     name: str
-    recipe: str = ""
-    coverage: list[dict[str, Any]] = field(default_factory=list)
-    sources: list[dict[str, Any]] = field(default_factory=list)
-    preview: str = ""
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-    completions: list[dict[str, Any]] = field(default_factory=list)
-    step: int = 0
+    recipe: str
+    coverage: list[dict[str, Any]]
+    sources: list[dict[str, Any]]
+    preview: str
+    metrics: list[dict[str, Any]]
+    facts: dict[str, Any]
+    completions: list[dict[str, Any]]
+    step: int
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """A folder that eval wrote. folder: its images' paths begin there."""
+class EvaluationReport:
+    """A report of eval. folder: its image paths are relative to this folder."""
 
     name: str
     folder: Path
     report: dict[str, Any]
 
 
-def read(folder: Path) -> list[Run | Evaluated]:
-    """A run with the evaluations inside it, or an evaluation. Raises DataError where the folder is neither."""
-    found: list[Run | Evaluated] = []
-    if (folder / "run.json").is_file():
-        found.append(_run(folder))
-    reports = [folder / "report.json", *sorted(folder.glob("*/report.json"))]
-    found += [_evaluated(path) for path in reports if path.is_file()]
-    if not found:
-        what = f"{folder} holds neither run.json nor report.json" if folder.is_dir() else f"no such folder: {folder}"
-        raise DataError.at(str(folder), what, fix="name a run directory, or a folder that eval wrote with --out")
-    return found
+def read(path: Path) -> list[Run | EvaluationReport]:
+    """Read a run directory with the evaluations in it, or an evaluation: its folder or its .json file.
+
+    Raises DataError for anything else.
+    """
+    if path.is_file():
+        return [_evaluation(path)]
+    parts: list[Run | EvaluationReport] = [_run(path)] if (path / "run.json").is_file() else []
+    reports = [path / "report.json", *sorted(path.glob("*/report.json"))]
+    parts += [_evaluation(report) for report in reports if report.is_file()]
+    if not parts:
+        what = "contains neither run.json nor report.json" if path.is_dir() else "no such file or folder"
+        raise DataError.at(str(path), what, fix="name a run directory, or the --out of ernie-align eval")
+    return parts
 
 
 def read_metric(folder: str | Path, key: str) -> list[tuple[int, float]]:
-    """(step, value) of everything that a run logged under `key`, in its metrics.jsonl.
+    """Return (step, value) for every value of `key` in a run's metrics.jsonl.
 
-    Raises DataError where the folder is no run, or logged nothing of that name.
+    Raises DataError if the folder is not a run directory, or if the run did not log `key`.
     """
     lines = _metrics(Path(folder))
     points = [(line["step"], line[key]) for line in lines if key in line]
     if not points:
-        known = sorted({name for line in lines for name in line})
-        what = f"nothing was logged as {key}"
-        raise DataError.at(str(folder), what, fix=f"it has {', '.join(known)}" if known else "name a run directory")
+        logged = sorted({name for line in lines for name in line})
+        fix = did_you_mean(key, logged) if logged else "name a run directory"
+        raise DataError.at(str(folder), f"the run did not log {key}", fix=fix)
     return points
 
 
-def _evaluated(path: Path) -> Evaluated:
+def _evaluation(path: Path) -> EvaluationReport:
     report = _json(path)
-    if "checkpoints" not in report:
-        raise DataError.at(str(path), "not a report of eval", fix="write it anew with ernie-align eval --out")
-    return Evaluated(path.parent.name, path.parent, report)
+    if not isinstance(report, dict) or "checkpoints" not in report:
+        raise DataError.at(str(path), "not a report of ernie-align eval", fix="write one with ernie-align eval --out")
+    return EvaluationReport(path.parent.name if path.stem == "report" else path.stem, path.parent, report)
 
 
 def _run(folder: Path) -> Run:
@@ -79,7 +82,7 @@ def _run(folder: Path) -> Run:
         _json(folder / "data.json", []),
         _text(folder / "preview.txt"),
         _metrics(folder),
-        _json(folder / "run.json"),
+        {"text_unchanged": None, "environment": {}} | _json(folder / "run.json"),
         completions,
         step,
     )
@@ -87,7 +90,7 @@ def _run(folder: Path) -> Run:
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
     lines = _text(folder / "metrics.jsonl").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be cut off
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be incomplete
 
 
 def _text(path: Path) -> str:
@@ -104,7 +107,7 @@ def _json(path: Path, absent: Any = None) -> Any:
 
 
 def _completions(folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """Some of the newest table, spread evenly over it."""
+    """Read some rows of the newest table, evenly spaced, and its step."""
     tables = sorted(folder.glob("step-*.parquet"))
     if not tables:
         return [], 0

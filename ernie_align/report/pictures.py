@@ -1,4 +1,4 @@
-"""Curves, rates, routing and images with captions as PNG: what a notebook shows of a run."""
+"""PNG pictures for notebooks: curves, percentages, routing, and images with captions."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ernie_align.report import charts
-from ernie_align.report.comparison import rates_side_by_side
+from ernie_align.report.comparison import percentage_series
+from ernie_align.report.text import visible
 
 if TYPE_CHECKING:
     from ernie_align.evaluation import Evaluation, RoutedToken
 
-_DPI = 80  # a picture in a stored notebook is then about 20 kB
-_CELL = 1.5  # inches of an image in a gallery, wide and high
-_CAPTION = 18  # characters a line
-_SMALL = 200  # pixels: the dots of a smaller image are shown as they are
+_DPI = 80  # about 20 kB per picture in a saved notebook
+_CELL = 1.5  # width and height in inches of an image in a gallery
+_CAPTION = 18  # characters per line
+_SMALL = 200  # pixels: smaller images are enlarged without interpolation
 RIGHT, WRONG = "#12873f", "#c0392b"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG, which a notebook shows where it is the last word of a cell."""
+    """A PNG image. A notebook displays it if it is the last value of a cell."""
 
     png: bytes = field(repr=False)
 
@@ -34,7 +35,7 @@ class Picture:
         return self.png
 
     def save(self, path: str | Path) -> None:
-        """Write it to a file."""
+        """Write the PNG to a file."""
         Path(path).write_bytes(self.png)
 
 
@@ -42,30 +43,21 @@ class Picture:
 def _canvas(
     width: float, height: float, *, rows: int = 1, columns: int = 1
 ) -> Iterator[tuple[Any, Any, list[Picture]]]:
-    """A white figure of inches, its axes (rows, columns), and a list that holds the picture after the block."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style = {
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 10,
-        "font.size": 9,
-        "legend.frameon": False,
-        "axes.prop_cycle": matplotlib.cycler(color=charts.COLORS),
-    }
-    with matplotlib.rc_context(style), warnings.catch_warnings():
-        figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-        done: list[Picture] = []
-        yield figure, figure.subplots(rows, columns, squeeze=False), done
+    """Yield a figure, its size in inches, its axes (rows, columns), and a list with the picture after the block."""
+    with (
+        charts.styled_figure(width, height, rows=rows, columns=columns, dpi=_DPI) as (figure, axes),
+        warnings.catch_warnings(),
+    ):
+        picture: list[Picture] = []
+        yield figure, axes, picture
         file = io.BytesIO()
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box stands for the letter
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # matplotlib draws a box instead
         figure.savefig(file, format="png", metadata={"Software": None})
-        done.append(Picture(file.getvalue()))
+        picture.append(Picture(file.getvalue()))
 
 
 def curves(series: Mapping[str, charts.Points], *, x: str = "step", y: str = "") -> Picture:
-    """Name -> its points (x, y), as lines; `logged` reads them from a run."""
+    """Draw a line chart of name -> points (x, y). `read_metric` reads such points from a run."""
     with _canvas(6.4, 3.0) as (figure, axes, done):
         charts.draw_curves(figure, axes[0, 0], series, x=x)
         axes[0, 0].set_ylabel(y)
@@ -73,23 +65,23 @@ def curves(series: Mapping[str, charts.Points], *, x: str = "step", y: str = "")
 
 
 def rates(evaluation: Evaluation) -> Picture:
-    """The rates of an evaluation with their 95 % intervals: a line for each data set and kind, a dot a checkpoint."""
-    rows, series = rates_side_by_side(evaluation.report)
-    with _canvas(6.8, charts.height_of_whiskers(len(rows), len(series))) as (_, axes, done):
-        charts.draw_whiskers(axes[0, 0], rows, series, percent=True)
+    """Draw an evaluation's percentages with 95 % intervals: a row per data set and kind, a dot per checkpoint."""
+    rows, series = percentage_series(evaluation.report)
+    with _canvas(6.8, charts.intervals_height(len(rows), len(series))) as (_, axes, done):
+        charts.draw_intervals(axes[0, 0], rows, series, percent=True)
     return done[0]
 
 
 def expert_load(layers: Sequence[Mapping[str, Any]]) -> Picture:
-    """Layer by expert, how many times an even share each expert is given. layers: of evaluation's `describe`."""
-    pools, width, height = charts.shape_of_load(layers)
+    """Draw the load of each expert relative to an even load. layers: from `ernie_align.evaluation.describe`."""
+    pools, width, height = charts.expert_load_layout(layers)
     with _canvas(width, height, columns=len(pools)) as (figure, axes, done):
         charts.draw_expert_load(figure, axes[0], layers)
     return done[0]
 
 
 def token_map(tokens: Sequence[RoutedToken]) -> Picture:
-    """Every token of one prompt, and the experts it was sent to in each layer: of the text or of the vision pool."""
+    """Draw every token of one prompt and the text or vision experts that it is routed to in each layer."""
     import numpy as np
     from matplotlib.colors import ListedColormap
 
@@ -115,13 +107,16 @@ def token_map(tokens: Sequence[RoutedToken]) -> Picture:
 
 
 def _experts(tokens: Sequence[RoutedToken], pool: str) -> int:
-    """How many experts of a pool are numbered by some token."""
+    """Return one more than the highest expert number of a pool among these tokens."""
     chosen = [max(own) for token in tokens if token.pool == pool for own in token.experts.values()]
     return 1 + max(chosen, default=-1)
 
 
 def gallery(items: Sequence[tuple[Sequence[str | Path], str]], *, columns: int = 6) -> Picture:
-    """Images with captions: (paths, caption) each, several paths side by side. A line `+ ...` is green, `- ...` red."""
+    """Draw images with captions. items: (paths, caption), several paths side by side.
+
+    A caption line `+ ...` is green, `- ...` is red.
+    """
     columns = min(columns, len(items))
     rows = -(-len(items) // columns)
     lines = [[part for line in caption.split("\n") for part in _wrapped(line)] for _, caption in items]
@@ -144,36 +139,34 @@ def gallery(items: Sequence[tuple[Sequence[str | Path], str]], *, columns: int =
 
 
 def answers(evaluation: Evaluation, *, count: int = 12, changed: bool = False) -> Picture:
-    """Images, the question's answer, and what each checkpoint said: green where it is right by the first measure.
+    """Draw images with the answer of each checkpoint: green if it is correct by the first metric, red otherwise.
 
-    count: rows, spread evenly over those with images; changed: only rows that the last checkpoint answers unlike the
-    first.
+    count: number of rows, evenly spaced over those with images; changed: only rows on which the checkpoints differ.
     """
     rows = [row for row in evaluation.rows if row["images"]]
     if changed:
-        rows = [row for row in rows if len({tuple(said["answers"]) for said in row["results"].values()}) > 1]
+        rows = [row for row in rows if len({tuple(result["answers"]) for result in row["results"].values()}) > 1]
     shown = [rows[place * len(rows) // min(count, len(rows))] for place in range(min(count, len(rows)))]
-    return gallery([(row["images"], _said(row)) for row in shown])
+    return gallery([(row["images"], _caption(row)) for row in shown])
 
 
-def _said(row: Mapping[str, Any]) -> str:
+def _caption(row: Mapping[str, Any]) -> str:
     lines = []
-    for name, said in row["results"].items():
-        right = next(iter(said["scores"].values()), 0) >= 1
-        text = "".join(filter(str.isprintable, (said["answers"] or [""])[0])).strip() or "(nothing)"
-        named = f"{name}: {text}" if len(row["results"]) > 1 else text
-        lines.append(f"{'+' if right else '-'} {named}")
+    for name, result in row["results"].items():
+        correct = next(iter(result["scores"].values()), 0) >= 1
+        text = visible((result["answers"] or [""])[0].replace("\n", " ")).strip() or "(empty)"
+        lines.append(f"{'+' if correct else '-'} {f'{name}: {text}' if len(row['results']) > 1 else text}")
     return "\n".join(lines)
 
 
 def _wrapped(line: str) -> list[str]:
-    """Lines of at most _CAPTION characters, each with the sign of the whole."""
+    """Wrap a caption line at _CAPTION characters, and repeat its sign on each part."""
     sign, text = (line[0], line[1:].strip()) if line[:1] in ("+", "-") else ("", line)
     return [sign + part for part in textwrap.wrap(text, _CAPTION, max_lines=4, placeholder="…")] or [""]
 
 
 def _side_by_side(paths: Sequence[str | Path]) -> Any:
-    """Images in gray, as high as the highest, with a gap between them."""
+    """Place grayscale images side by side with a gap, padded to the same height."""
     import numpy as np
     from PIL import Image
 

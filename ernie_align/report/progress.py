@@ -1,16 +1,17 @@
-"""Trainer's steps as a rich progress bar, or as lines where the output is a file."""
+"""Training progress as a rich progress bar, or as lines if the output is not a terminal."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from transformers import TrainerCallback
 
-_SHOWN = {
+from ernie_align.report.console import make_table
+from ernie_align.report.text import markup
+
+_SHOWN = {  # logged key -> label
     "loss": "loss",
     "mean_token_accuracy": "accuracy",
     "rewards/accuracies": "preferred",
@@ -19,18 +20,12 @@ _SHOWN = {
     "held_out/accuracy": "held-out pairs preferred",
     "eval_loss": "eval loss",
 }
-
-
-_SHOWN_COMPLETIONS = 4  # the run directory keeps them all
+_SHOWN_COMPLETIONS = 4  # the run directory keeps all of them
 _LONGEST = 160  # characters
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
-
-
 class ProgressBar(TrainerCallback):
-    """Steps done, time left, and the latest loss and token accuracy."""
+    """Show steps, remaining time, and the latest loss and token accuracy."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -50,7 +45,7 @@ class ProgressBar(TrainerCallback):
             console=self.console,
         )
         self.task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step, values="")
-        if not self.console.is_jupyter:  # there rich wants ipywidgets for a bar; the lines say as much
+        if not self.console.is_jupyter:  # in a notebook rich's bar needs ipywidgets; the printed lines show the same
             self.progress.start()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -58,32 +53,37 @@ class ProgressBar(TrainerCallback):
             self.progress.update(self.task, completed=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        self.values.update({_SHOWN[key]: value for key, value in (logs or {}).items() if key in _SHOWN})
-        values = "  ".join(f"{name} {value:.4f}" for name, value in self.values.items())
+        logs = logs or {}
+        self.values.update({_SHOWN[key]: value for key, value in logs.items() if key in _SHOWN})
         if self.progress is not None:
+            values = _format(self.values, "  ")
             self.progress.update(self.task, values=values)
-            if not self.console.is_terminal and "loss" in (logs or {}):  # rich draws a bar only where it can redraw it
+            if not self.console.is_terminal and "loss" in logs:  # rich draws a bar only on a terminal
                 self.console.print(f"step {state.global_step} of {state.max_steps}: {values}")
-        elif "eval_loss" in (logs or {}):
-            found = {name: logs[f"eval_{key}"] for key, name in _SHOWN.items() if f"eval_{key}" in logs}
-            self.console.print("evaluated: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        elif "eval_loss" in logs:
+            values = {label: logs[f"eval_{key}"] for key, label in _SHOWN.items() if f"eval_{key}" in logs}
+            self.console.print(f"evaluated: {_format(values, ', ')}")
 
     def on_completions(self, step: int, table: list[dict[str, Any]]) -> None:
-        """Show a few completions of a rollout and what they earned; called by the stage that draws them."""
+        """Print some completions of a rollout with their rewards; called by the stage that samples them."""
         rewards = [name for name in table[0] if name.startswith("reward/")]
-        shown = Table("row", "completion", title=f"step {step}: some completions", title_justify="left")
-        for name in (*(name.removeprefix("reward/") for name in rewards), "reward", "advantage", "side"):
-            shown.add_column(name, justify="right")
+        names = (*(name.removeprefix("reward/") for name in rewards), "reward", "advantage", "side")
+        shown = make_table(f"step {step}: some completions", "row", "completion", numbers=names)
         for row in table[:: max(1, len(table) // _SHOWN_COMPLETIONS)][:_SHOWN_COMPLETIONS]:
-            numbers = (row[name] for name in (*rewards, "reward", "advantage"))
             text = row["completion"]
             if row["reasoning"] is not None:
                 text = f"<think> {row['reasoning']} </think> {text}"
-            side = row["side"] or row["left_out"] or ""
-            shown.add_row(escape(row["row"]), escape(_short(text)), *(f"{number:.3g}" for number in numbers), side)
+            if len(text) > _LONGEST:
+                text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+            numbers = (f"{row[name]:.3g}" for name in (*rewards, "reward", "advantage"))
+            shown.add_row(markup(row["row"]), markup(text), *numbers, row["side"] or row["left_out"] or "")
         self.console.print(shown)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+
+def _format(values: dict[str, float], separator: str) -> str:
+    return separator.join(f"{label} {value:.4f}" for label, value in values.items())

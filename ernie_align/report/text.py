@@ -1,8 +1,10 @@
-"""Text of rows and models where a person reads it: nothing in it moves a cursor or breaks a page."""
+"""The one filter for text of rows, models and files before it is shown on a page or a terminal."""
 
 from __future__ import annotations
 
-# Controls but tab and line feed: a row may hold them, a page or a terminal may not be handed them
+from rich.markup import escape
+
+# Rows may contain control characters besides tab and line feed; on a terminal or a page they would do harm.
 _VISIBLE = (
     {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
     | {0x7F: 0x2421, 0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD}
@@ -13,5 +15,10 @@ _VISIBLE = (
 
 
 def visible(text: object) -> str:
-    """Controls as their pictures; halves of characters and turns of direction as the mark for what is unknown."""
+    """Show control characters as symbols; replace lone surrogates and bidirectional controls by U+FFFD."""
     return str(text).translate(_VISIBLE)
+
+
+def markup(text: object) -> str:
+    """Return visible text as rich markup that prints its brackets unchanged."""
+    return escape(visible(text))

@@ -1,131 +1,114 @@
-"""The literal table of rewards: name -> block to scorer."""
+"""Turn the blocks of a recipe into scorers: a table of the built-in rewards, and functions of the user's files."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ernie_align.errors import RecipeError
 from ernie_align.recipe import rewards as blocks
-from ernie_align.rewards import verifiers
-from ernie_align.rewards.boxes import boxes_in, boxes_of, corners, grounding
-from ernie_align.rewards.choice import choice
+from ernie_align.rewards import sandbox, verifiers
 from ernie_align.rewards.completion import answer_text, reasoning_text
-from ernie_align.rewards.custom import custom
-from ernie_align.rewards.json_answer import json_verifier
 from ernie_align.rewards.judge import judge
-from ernie_align.rewards.math_verifier import MathVerifier
-from ernie_align.rewards.quantities import numeric
-from ernie_align.rewards.reward import Scorer, by_row, place_of
+from ernie_align.rewards.reward import Scorer, by_row, source_line
+
+_PATTERN_SECONDS = 1.0  # of computing for one answer; a pattern that takes longer is backtracking
 
 
-def _exact_match(block: blocks.ExactMatchReward, cache: Path | None) -> Scorer:
-    def score(completion: Any, expected: Any) -> float:
-        return verifiers.exact_match(answer_text(completion), expected, ignore_case=block.ignore_case)
-
-    return by_row(score, block.column)
-
-
-def _contains(block: blocks.ContainsReward, cache: Path | None) -> Scorer:
-    def score(completion: Any, expected: Any = block.text) -> float:
-        return verifiers.contains(answer_text(completion), expected, ignore_case=block.ignore_case)
+def _contains(block: blocks.ContainsReward) -> Scorer:
+    def score(answer: str, expected: Any = block.text) -> float:
+        return verifiers.contains(answer, expected, ignore_case=block.ignore_case)
 
     return by_row(score, *([block.column] if block.column else []))
 
 
-def _choice(block: blocks.ChoiceReward, cache: Path | None) -> Scorer:
-    def score(completion: Any, expected: Any, options: Any = None) -> float:
-        return choice(answer_text(completion), expected, block.letters, options)
+def _choice(block: blocks.ChoiceReward) -> Scorer:
+    def score(answer: str, expected: Any, options: Any = None) -> float:
+        return verifiers.choice(answer, expected, block.letters, options)
 
     return by_row(score, block.column, *([block.options_column] if block.options_column else []))
 
 
-def _numeric(block: blocks.NumericReward, cache: Path | None) -> Scorer:
-    def score(completion: Any, expected: Any) -> float:
-        return numeric(answer_text(completion), expected, absolute=block.absolute, relative=block.relative)
+def _math(block: blocks.MathReward) -> Scorer:
+    _require(block, "math_verify", "pebble")
+    warm_up = ("$x^2 - 1$", "(x - 1)(x + 1)")
+    verifier = sandbox.Sandbox(sandbox.math_equal, seconds=block.timeout, warm_up=warm_up)
 
-    return by_row(score, block.column)
-
-
-def _maths(block: blocks.MathReward, cache: Path | None) -> Scorer:
-    if find_spec("math_verify") is None:
-        what = "reward maths needs math-verify, which is not installed"
-        raise RecipeError.at(block.where("name"), what, fix="pip install 'ernie-align[rewards]'")
-    mathematician = MathVerifier(timeout=block.timeout)
-
-    def score(completion: Any, expected: Any) -> float | None:
-        scores = [mathematician.equal(answer_text(completion), text) for text in verifiers.expected_texts(expected)]
+    def score(answer: str, expected: Any) -> float | None:
+        scores = [verifier.score(answer, text) for text in verifiers.expected_texts(expected)]
         return max((score for score in scores if score is not None), default=None)
 
-    return replace(by_row(score, block.column), counts=lambda: mathematician.counts)
+    return replace(by_row(score, block.column), counts=lambda: verifier.counts)
 
 
-def _format(block: blocks.FormatReward, cache: Path | None) -> Scorer:
-    pattern = re.compile(block.pattern)
-
-    def score(completion: Any) -> float:
-        return verifiers.matches(answer_text(completion), pattern, full=block.match == "full")
-
-    return by_row(score)
+def _format(block: blocks.FormatReward) -> Scorer:
+    _require(block, "pebble")
+    return _in_sandbox(sandbox.regex_matches, block.pattern, block.match == "full", warm_up="")
 
 
-def _thinking(block: blocks.ThinkingReward, cache: Path | None) -> Scorer:
-    def score(completion: Any) -> float:
-        answer, reasoning = answer_text(completion), reasoning_text(completion)
-        return verifiers.thinking(answer, reasoning, shortest=block.min or 1, longest=block.max)
-
-    return by_row(score)
+def _in_sandbox(verify: Callable[..., float], *args: Any, warm_up: str) -> Scorer:
+    """Score `verify(answer, *args)`, where a pattern of the user's may backtrack forever."""
+    verifier = sandbox.Sandbox(verify, seconds=_PATTERN_SECONDS, warm_up=(warm_up, *args))
+    return replace(by_row(lambda answer: verifier.score(answer, *args)), counts=lambda: verifier.counts)
 
 
-def _json_schema(block: blocks.JsonSchemaReward, cache: Path | None) -> Scorer:
-    verify = json_verifier(block.schema_dict, fenced=block.fenced, where=block.where("against"))
+def _json_schema(block: blocks.JsonSchemaReward) -> Scorer:
+    """Raises RecipeError if the schema itself is invalid, or refers to anything outside it."""
+    _require(block, "jsonschema", "pebble")
+    from jsonschema.exceptions import SchemaError
+    from referencing.exceptions import Unresolvable
 
-    def score(completion: Any) -> float:
-        return verify(answer_text(completion))
+    schema, where = block.schema_dict, block.where("against")
+    try:
+        validator = sandbox.json_validator(schema)
+        validator.check_schema(schema)
+        validator.is_valid({})
+    except SchemaError as error:
+        what, fix = f"invalid JSON schema: {error.message}", "correct the schema at this path"
+        raise RecipeError.at(where, what, why=error.json_path, fix=fix) from None
+    except Unresolvable as error:
+        raise RecipeError.at(where, f"$ref {error.ref!r} is not in the schema", fix="move it into $defs") from None
+    return _in_sandbox(sandbox.json_is_valid, schema, block.fenced, warm_up="{}")
 
-    return by_row(score)
 
-
-def _iou(block: blocks.IouReward, cache: Path | None) -> Scorer:
-    def score(completion: Any, expected: Any) -> float:
-        given = [corners(box, block.form) for box in boxes_in(answer_text(completion))]
-        wanted = [corners(box, block.column_form or block.form) for box in boxes_of(expected)]
-        return grounding(given, wanted, threshold=block.threshold)
+def _iou(block: blocks.IouReward) -> Scorer:
+    def score(answer: str, expected: Any) -> float:
+        given = [verifiers.to_corners(box, block.form) for box in verifiers.find_boxes(answer)]
+        form = block.column_form or block.form
+        right = [verifiers.to_corners(box, form) for box in verifiers.parse_boxes(expected)]
+        return verifiers.grounding(given, right, threshold=block.threshold)
 
     return by_row(score, block.column)
 
 
-def _length(block: blocks.LengthReward, cache: Path | None) -> Scorer:
+def _length(block: blocks.LengthReward) -> Scorer:
     shortest, longest = block.target or block.min, block.target or block.max
 
-    def score(completion: Any, token_ids: Any = ()) -> float:
-        length = len(verifiers.split_units(answer_text(completion), token_ids, block.unit))
+    def score(answer: str, token_ids: Any = ()) -> float:
+        length = len(verifiers.split_units(answer, token_ids, block.unit))
         return verifiers.within_length(length, shortest=shortest, longest=longest, falloff=block.falloff)
 
     return by_row(score, *(["completion_ids"] if block.unit == "tokens" else []))
 
 
-def _repetition(block: blocks.RepetitionReward, cache: Path | None) -> Scorer:
-    def score(completion: Any, token_ids: Any = ()) -> float:
-        return verifiers.repetition(
-            verifiers.split_units(answer_text(completion), token_ids, block.unit), n=block.ngram
-        )
+def _repetition(block: blocks.RepetitionReward) -> Scorer:
+    def score(answer: str, token_ids: Any = ()) -> float:
+        return verifiers.repetition(verifiers.split_units(answer, token_ids, block.unit), n=block.ngram)
 
     return by_row(score, *(["completion_ids"] if block.unit == "tokens" else []))
 
 
-def _judge(block: blocks.JudgeReward, cache: Path | None) -> Scorer:
-    return judge(block, cache=cache)
-
-
 def _checklist(block: blocks.ChecklistReward, cache: Path | None) -> Scorer:
-    """Mean of the criteria by weight; a criterion that does not apply to a row is left out of that row's mean."""
-    criteria = [(criterion.weight, scorer_of(criterion, cache)) for criterion in block.criteria]
+    """Score the mean of the criteria by weight; a criterion that does not apply to a row is not in that row's mean."""
+    criteria = [(criterion.weight, build_scorer(criterion, cache)) for criterion in block.criteria]
 
     def score(prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
         table = [[*scorer.score(prompts, completions, **columns)] for _, scorer in criteria]
@@ -138,33 +121,90 @@ def _checklist(block: blocks.ChecklistReward, cache: Path | None) -> Scorer:
         return sum((Counter(scorer.counts()) for _, scorer in criteria), Counter())
 
     columns = dict.fromkeys(column for _, scorer in criteria for column in scorer.columns)
-    return Scorer(score, tuple(columns), place_of(score), counts)
+    return Scorer(score, tuple(columns), source_line(score), counts)
 
 
 def _mean(scores: list[tuple[float, float | None]]) -> float | None:
     applying = [(weight, score) for weight, score in scores if score is not None]
-    return (
-        sum(weight * score for weight, score in applying) / sum(weight for weight, _ in applying) if applying else None
-    )
+    if not applying:
+        return None
+    return sum(weight * score for weight, score in applying) / sum(weight for weight, _ in applying)
 
 
-def scorer_of(block: blocks.RewardBlock, cache: Path | None) -> Scorer:
-    """The scorer that the block asks for. cache: folder of judges' verdicts."""
-    return custom(block) if isinstance(block, blocks.CustomReward) else SCORERS[block.name](block, cache)
+def _custom(block: blocks.CustomReward) -> Scorer:
+    """Call the function that the block names as TRL does, with the block's args over the row's columns.
+
+    Raises RecipeError at the block's place if its file cannot be imported.
+    """
+    path = block.path.resolve()
+    try:
+        function = getattr(_import_file(path), block.function)
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        what = f"{block.path} cannot be imported: {type(error).__name__}: {error}"
+        why = f"{path}:{lines[-1]}" if lines else ""
+        raise RecipeError.at(block.where("name"), what, why=why, fix="correct the file") from error
+
+    def score(prompts: Any, completions: Any, **columns: Any) -> Any:
+        return function(prompts=prompts, completions=completions, **{**columns, **block.args})
+
+    return Scorer(score, block.columns, f"{path}:{block.signature.line}")
 
 
-SCORERS: dict[str, Callable[[Any, Path | None], Scorer]] = {
-    "exact_match": _exact_match,
+def _import_file(path: Path) -> ModuleType:
+    """Import the file under a name of its own; several functions of one file share the module."""
+    name = "ernie_align_recipe_" + re.sub(r"\W", "_", str(path.with_suffix("")))
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses and pickle look it up there
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _require(block: blocks.RewardBlock, *modules: str) -> None:
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            what = f"reward {block.name} needs the package {module.replace('_', '-')}, which is not installed"
+            raise RecipeError.at(block.where("name"), what, fix="pip install 'ernie-align[rewards]'")
+
+
+def build_scorer(block: blocks.RewardBlock, cache: Path | None) -> Scorer:
+    """Build the scorer of a block. cache: folder in which judges store their scores."""
+    if isinstance(block, blocks.CustomReward):
+        return _custom(block)
+    if isinstance(block, blocks.ChecklistReward):
+        return _checklist(block, cache)
+    if isinstance(block, blocks.JudgeReward):
+        _require(block, "openai")
+        return judge(block, cache=cache)
+    return SCORERS[block.name](block)
+
+
+SCORERS: dict[str, Callable[[Any], Scorer]] = {
+    "exact_match": lambda block: by_row(
+        lambda answer, expected: verifiers.exact_match(answer, expected, ignore_case=block.ignore_case), block.column
+    ),
     "contains": _contains,
     "choice": _choice,
-    "numeric": _numeric,
-    "maths": _maths,
+    "numeric": lambda block: by_row(
+        lambda answer, expected: verifiers.numeric(answer, expected, absolute=block.absolute, relative=block.relative),
+        block.column,
+    ),
+    "math": _math,
     "format": _format,
-    "thinking": _thinking,
+    "thinking": lambda block: by_row(
+        lambda completion: verifiers.thinking(
+            answer_text(completion), reasoning_text(completion), shortest=block.min or 1, longest=block.max
+        ),
+        reads_answer=False,
+    ),
     "json_schema": _json_schema,
     "iou": _iou,
     "length": _length,
     "repetition": _repetition,
-    "judge": _judge,
-    "checklist": _checklist,
 }

@@ -1,113 +1,106 @@
-"""An OpenAI-compatible endpoint: many requests at once, with patience for what passes."""
+"""Ask an OpenAI-compatible endpoint many questions at once. Imports openai: import this module where it is used."""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from typing import Any
 
-_PASSING = (408, 409, 425, 429)  # status codes, beside 5xx, after which the same request may succeed
+from openai import APIConnectionError, APIStatusError, Omit, OpenAI, OpenAIError
+
 _LONGEST_WAIT = 60.0  # seconds
 
 
-class EndpointFailed(Exception):
-    """A request failed in a way that trying again does not mend, or not soon."""
+class ChatError(Exception):
+    """A request failed, and so did its retries if another try could have helped."""
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """url: base of the endpoint, or of its chat/completions; api_key_env: the variable with the key, which is read for
-    each batch and kept nowhere; timeout and backoff in seconds. A wait doubles with each retry, unless the endpoint
-    says how long to wait.
+class _Stopped(OpenAIError):
+    """Another request failed for good, or the caller stopped reading."""
+
+
+class ChatClient(OpenAI):
+    """openai's client with the recipe's backoff, used for one batch of requests.
+
+    url: base of the endpoint, or of its chat/completions; key: sent as a bearer token, empty for none; timeout and
+    backoff in seconds: the wait doubles with each retry, unless the endpoint's Retry-After asks for more. Raises
+    ChatError for an invalid URL.
     """
 
-    url: str
-    api_key_env: str | None
-    concurrency: int
-    timeout: float
-    retries: int
-    backoff: float
-
-    @property
-    def address(self) -> str:
-        """Where requests go."""
-        base = self.url.rstrip("/")
-        return base if base.endswith("/chat/completions") else f"{base}/chat/completions"
+    def __init__(self, url: str, key: str, *, timeout: float, retries: int, backoff: float):
+        try:
+            super().__init__(
+                api_key="none",  # else it is read from the environment
+                base_url=url.rstrip("/").removesuffix("/chat/completions"),
+                timeout=timeout,
+                max_retries=retries,
+            )
+        except Exception as error:  # a URL that cannot be parsed; the class belongs to openai's HTTP library
+            raise ChatError(f"{type(error).__name__}: {error}") from None
+        self._key = key
+        # the environment may name the user's own OpenAI account, which must not reach another endpoint
+        authorization = f"Bearer {key}" if key else Omit()
+        self._headers = {"Authorization": authorization, "OpenAI-Organization": Omit(), "OpenAI-Project": Omit()}
+        self._backoff = backoff
+        self._stopped = threading.Event()
 
     def replies(
-        self, requests: Mapping[str, dict[str, Any]], *, accept: Callable[[str], bool]
+        self, requests: Mapping[str, dict[str, Any]], *, concurrency: int, accept: Callable[[str], bool]
     ) -> Iterator[tuple[str, str]]:
-        """(key, text of the reply) of each request, in the order in which they come.
+        """Yield (name, text of the reply) for each request, in the order in which replies arrive.
 
-        A reply that is not accepted is asked for again; after the last retry it is handed over as it is. Raises
-        EndpointFailed after the last reply that came, when a request has failed for good; the rest are not sent.
+        A reply that is not accepted is requested again; after the last retry it is returned as it is. Raises ChatError
+        after the last reply that arrived if a request failed for good; requests not sent by then are never sent.
         """
-        if not requests:
-            return
-        import httpx2
-
-        key = os.environ.get(self.api_key_env, "") if self.api_key_env else ""
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        stop, failures = threading.Event(), []
-        with (
-            httpx2.Client(timeout=self.timeout, headers=headers) as client,
-            ThreadPoolExecutor(self.concurrency) as pool,
-        ):
-            under_way = {
-                pool.submit(self._ask, client, request, accept, stop): name for name, request in requests.items()
-            }
+        failures = []
+        with ThreadPoolExecutor(concurrency) as pool:
+            pending = {pool.submit(self._ask, request, accept): name for name, request in requests.items()}
             try:
-                for future in as_completed(under_way):
+                for future in as_completed(pending):
                     try:
-                        reply = future.result()
-                    except EndpointFailed as error:
-                        failures.append(str(error))
-                    else:
-                        if reply is not None:
-                            yield under_way[future], reply
+                        yield pending[future], future.result()
+                    except _Stopped:
+                        continue
+                    except ChatError as error:
+                        failures.append(error)
             finally:
-                stop.set()  # also when whoever reads the replies stops reading
+                self._stopped.set()  # also if the caller stops reading
         if failures:
-            raise EndpointFailed(failures[0].replace(key, "***") if key else failures[0])
+            raise failures[0]
 
-    def _ask(self, client: Any, request: dict[str, Any], accept: Callable, stop: threading.Event) -> str | None:
-        """The reply, or None if another request's failure came first."""
-        for attempt in range(self.retries + 1):
-            if stop.is_set():
-                return None
-            reply, failure, wait = self._try(client, request)
-            last = attempt == self.retries
-            if reply is not None and (last or accept(reply)):
-                return reply
-            if failure is not None and (last or wait is None):
-                stop.set()
-                raise EndpointFailed(failure)
-            if failure is not None:
-                stop.wait(min(max(wait, self.backoff * 2**attempt), _LONGEST_WAIT))
+    def _ask(self, request: dict[str, Any], accept: Callable[[str], bool]) -> str:
+        for attempt in range(self.max_retries + 1):
+            if self._stopped.is_set():
+                raise _Stopped
+            try:
+                raw = self.chat.completions.with_raw_response.create(**request, extra_headers=self._headers)
+            except APIStatusError as error:
+                raise self._failure(f"status {error.status_code}: {error.response.text[:300]}") from None
+            except APIConnectionError as error:
+                raise self._failure(f"{type(error.__cause__).__name__}: {error.__cause__}") from None
+            response, is_last = raw.http_response, attempt == self.max_retries
+            try:
+                reply = str(response.json()["choices"][0]["message"]["content"] or "")
+            except (ValueError, LookupError, TypeError):
+                if is_last:
+                    what = f"the reply is not in the chat/completions format: {response.text[:300]}"
+                    raise self._failure(what) from None
+                self._wait(attempt)
+            else:
+                if is_last or accept(reply):
+                    return reply
         raise AssertionError("the last attempt returns or raises")
 
-    def _try(self, client: Any, request: dict[str, Any]) -> tuple[str | None, str | None, float | None]:
-        """(reply, None, None), or (None, what failed, the least seconds to wait; None where waiting is in vain)."""
-        import httpx2
+    def _failure(self, what: str) -> ChatError:
+        self._stopped.set()
+        return ChatError(what.replace(self._key, "***") if self._key else what)
 
-        try:
-            response = client.post(self.address, json=request)
-        except httpx2.RequestError as error:
-            return None, f"{type(error).__name__}: {error}", 0.0
-        except httpx2.InvalidURL as error:
-            return None, f"InvalidURL: {error}", None
-        if response.status_code != 200:
-            what = f"status {response.status_code}: {response.text[:300]}"
-            passing = response.status_code in _PASSING or response.status_code >= 500
-            return None, what, _seconds(response.headers.get("retry-after", "")) if passing else None
-        try:
-            return str(response.json()["choices"][0]["message"]["content"] or ""), None, None
-        except (ValueError, LookupError, TypeError):
-            return None, f"its reply is none of the chat/completions form: {response.text[:300]}", 0.0
+    def _sleep_for_retry(self, *, retries_taken: int, max_retries: int, options: Any, response: Any) -> None:
+        """Override of openai's private method, whose backoff is fixed and whose sleep nothing interrupts."""
+        headers = None if response is None else response.headers
+        self._wait(retries_taken, at_least=self._parse_retry_after_header(headers) or 0.0)
 
-
-def _seconds(retry_after: str) -> float:
-    return float(retry_after) if retry_after.isdecimal() else 0.0
+    def _wait(self, retries_taken: int, *, at_least: float = 0.0) -> None:
+        if self._stopped.wait(min(max(at_least, self._backoff * 2**retries_taken), _LONGEST_WAIT)):
+            raise _Stopped

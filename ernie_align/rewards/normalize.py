@@ -1,4 +1,4 @@
-"""Rewards -> advantages."""
+"""Compute advantages from rewards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def compute_advantages(
     normalize: Literal["per_domain", "group", "none"],
     eps: float = 1e-4,
 ) -> Tensor:
-    """How much better than its siblings each completion is.
+    """Compute by how much each completion is better than the others of its prompt.
 
     rewards (N,) float, NaN where no reward applied; groups (N,) int, equal for the completions of one prompt; domains:
     N names -> (N,), 0 where the reward is NaN.
@@ -26,9 +26,10 @@ def compute_advantages(
     A = (r - mean(group)) / (std(group) + eps)   group: TRL's GRPOTrainer with scale_rewards="group"
     A = (r - mean(group)) / (std(domain) + eps)  per_domain
 
-    The last is our reading of "rewards are normalized per domain, at each iteration", which is all that is known of
-    ERNIE 4.5's: z = (r - mean(domain)) / (std(domain) + eps) over this batch, and A = z - mean_group(z). A group lies
-    in one domain, so the domain's mean cancels. Standard deviations are unbiased (n - 1), and 0 for a single reward.
+    The last one is our reading of "rewards are normalized per domain, at each iteration", which is all that is
+    published about ERNIE 4.5: z = (r - mean(domain)) / (std(domain) + eps) over this batch, and A = z - mean_group(z).
+    A group belongs to one domain, so the domain's mean cancels. Standard deviations are unbiased (n - 1), and 0 for a
+    single reward.
     """
     mean, std = _moments(rewards, groups)
     if normalize == "none":
@@ -39,13 +40,13 @@ def compute_advantages(
     return ((rewards - mean) / (std + eps)).nan_to_num(nan=0.0)
 
 
-def _moments(rewards: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
-    """rewards (N,), of (N,) int -> mean and std of each one's set, both (N,); NaN rewards are left out.
+def _moments(rewards: Tensor, sets: Tensor) -> tuple[Tensor, Tensor]:
+    """rewards (N,), sets (N,) int -> mean and std over each reward's set, both (N,); NaN rewards are ignored.
 
-    One row for each set, NaN where it is shorter than the longest: with sets of one size these are TRL's own rows, and
-    the sums run in its order, so that the result is equal to the last bit.
+    The table has one row for each set, padded with NaN to the longest. With sets of equal size its rows are TRL's, and
+    the sums run in TRL's order, so that the results are bit-identical.
     """
-    _, row, sizes = of.unique(return_inverse=True, return_counts=True)
+    _, row, sizes = sets.unique(return_inverse=True, return_counts=True)
     order = row.argsort(stable=True)
     column = torch.empty_like(row)
     column[order] = torch.arange(len(row), device=row.device) - (sizes.cumsum(0) - sizes)[row[order]]

@@ -1,4 +1,4 @@
-"""A reward as the trainer calls it, and whose fault it is when a call fails."""
+"""Call a reward on a batch as TRL does, check its scores, and name the row and line of code of a failure."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ernie_align.errors import AlignError, Fault, RunError
-from ernie_align.rewards.completion import Completion
+from ernie_align.rewards.completion import Completion, answer_text
 
-FROM_TRAINER = ("completion_ids",)  # columns that every call has beside those of the rows
+FROM_TRAINER = ("completion_ids",)  # columns that the trainer adds to those of the rows
 
 Scores = list[float | None]
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """What a kind of reward does with a batch.
+    """The scoring function of a reward.
 
-    score: `(prompts, completions, **columns) -> list[float | None]`; columns: what it reads of a row; place: where its
-    code is, for errors; counts: what happened so far that a user should know of.
+    score: `(prompts, completions, **columns) -> list[float | None]`; columns: the row columns it reads; place:
+    `file:line` of its code, for errors; counts: events so far that a user should know of.
     """
 
     score: Callable[..., Sequence[float | None]]
@@ -32,31 +32,32 @@ class Scorer:
     counts: Callable[[], Mapping[str, int]] = dict
 
 
-def by_row(score: Callable[..., float | None], *columns: str) -> Scorer:
-    """A scorer of single completions: `score(completion, *values)`, one value for each of the columns.
+def by_row(score: Callable[..., float | None], *columns: str, reads_answer: bool = True) -> Scorer:
+    """Build a scorer from a function of one answer: `score(answer, *values)`, one value for each column.
 
-    A row with None in one of the columns is one to which the reward does not apply.
+    The reward does not apply to a row with None in one of the columns. reads_answer: pass the answer's text, without
+    the reasoning; otherwise the whole completion.
     """
 
-    def batch(prompts: Sequence[Any], completions: Sequence[Completion], **given: Any) -> Scores:
-        rows = zip(completions, *(given[column] for column in columns), strict=True)
+    def score_batch(prompts: Sequence[Any], completions: Sequence[Completion], **values: Any) -> Scores:
+        texts = map(answer_text, completions) if reads_answer else completions
+        rows = zip(texts, *(values[column] for column in columns), strict=True)
         return [None if any(value is None for value in row[1:]) else score(*row) for row in rows]
 
-    return Scorer(batch, columns, place_of(score))
+    return Scorer(score_batch, columns, source_line(score))
 
 
-def place_of(function: Callable) -> str:
-    """`file:line` of a function."""
+def source_line(function: Callable) -> str:
+    """Return `file:line` of a function."""
     code = inspect.unwrap(function).__code__
     return f"{code.co_filename}:{code.co_firstlineno}"
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward of a recipe: TRL's callable.
+    """A reward of a recipe, with TRL's signature.
 
-    name: what logs call it, unique in the recipe; weight: in the sum of rewards; columns: what a row must have for it;
-    where: its place in the recipe.
+    name: its name in logs, unique in the recipe; weight: in the sum of rewards; where: its place in the recipe.
     """
 
     name: str
@@ -70,85 +71,88 @@ class Reward:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The row columns it reads."""
+        """The columns that a row must have."""
         return tuple(column for column in self.scorer.columns if column not in FROM_TRAINER)
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What happened so far that a user should know of, such as verdicts of a judge that held no score."""
+        """Events so far that a user should know of, such as replies of a judge that contained no score."""
         return self.scorer.counts()
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Completion], **columns: Any) -> Scores:
-        """N prompts, N completions, columns of N values each -> N scores; None where the reward does not apply.
+        """Score N completions of N prompts, with columns of N values each; None where the reward does not apply.
 
-        Raises RunError if the reward fails or returns anything else: it names the function, and the prompt and
-        completion it failed on, which are found by calling it on one row after the other.
+        Raises RunError if the reward fails or returns anything else. The error names the function, and the prompt and
+        completion on which it failed, which are found by calling the reward on one row after the other.
         """
         absent = [column for column in self.scorer.columns if column not in columns]
         if absent:
-            raise RunError(*(_absent(self, column, columns) for column in absent))
+            raise RunError(*(_missing_column(self, column, columns) for column in absent))
         try:
             scores = self.scorer.score(prompts, completions, **columns)
         except AlignError:
             raise
         except Exception as error:
-            raise self._blamed(error, prompts, completions, columns) from error
-        return self._checked(scores, prompts, completions)
+            raise self._locate_failure(error, prompts, completions, columns) from error
+        return self._validate(scores, prompts, completions)
 
-    def _blamed(self, error: Exception, prompts: Sequence, completions: Sequence, columns: dict[str, Any]) -> RunError:
+    def _locate_failure(
+        self, error: Exception, prompts: Sequence, completions: Sequence, columns: dict[str, Any]
+    ) -> RunError:
         rows, what = len(completions), f"{type(error).__name__}: {error}"
         for row in range(rows):
             alone = {key: [value[row]] if _is_column(value, rows) else value for key, value in columns.items()}
             try:
                 self.scorer.score([prompts[row]], [completions[row]], **alone)
-            except Exception as own:
-                if type(own) is type(error):
-                    what = f"{type(own).__name__}: {own}"
-                    return self._failed(what, self._place(own), prompts[row], completions[row])
-        what += f", on a batch of {rows}; on each of its rows alone it does not fail like that"
-        return self._failed(what, self._place(error))
+            except Exception as row_error:
+                if type(row_error) is type(error):
+                    what = f"{type(row_error).__name__}: {row_error}"
+                    return self._failure(what, self._failing_line(row_error), prompts[row], completions[row])
+        what += f", on a batch of {rows} rows; on each of these rows alone it does not fail like that"
+        return self._failure(what, self._failing_line(error))
 
-    def _checked(self, scores: Any, prompts: Sequence, completions: Sequence) -> Scores:
+    def _validate(self, scores: Any, prompts: Sequence, completions: Sequence) -> Scores:
         if not isinstance(scores, Sequence) or isinstance(scores, str):
-            raise self._failed(f"returned {type(scores).__name__} where a list is wanted", self.scorer.place)
+            raise self._failure(f"returned {type(scores).__name__}; expected a list", self.scorer.place)
         if len(scores) != len(completions):
             what = f"returned {len(scores)} scores for {len(completions)} completions"
-            raise self._failed(what, self.scorer.place)
-        scores = [score.item() if hasattr(score, "item") else score for score in scores]  # of numpy and torch
+            raise self._failure(what, self.scorer.place)
+        scores = [score.item() if hasattr(score, "item") else score for score in scores]  # numpy and torch scalars
         for row, score in enumerate(scores):
             if score is not None and not (isinstance(score, numbers.Real) and math.isfinite(score)):
-                what = f"returned {_short(score)} where a finite number, or None for does not apply, is wanted"
-                raise self._failed(what, self.scorer.place, prompts[row], completions[row])
+                what = f"returned {_shorten(score)}; expected a finite number, or None if the reward does not apply"
+                raise self._failure(what, self.scorer.place, prompts[row], completions[row])
         return [None if score is None else float(score) for score in scores]
 
-    def _failed(self, what: str, place: str, prompt: Any = None, completion: Any = None) -> RunError:
-        why = "" if completion is None else f"prompt: {_short(prompt)}\n    completion: {_short(completion)}"
-        return RunError.at(place, f"reward {self.name}: {what}", why=why, fix="mend it, then go on with --resume")
+    def _failure(self, what: str, place: str, prompt: Any = None, completion: Any = None) -> RunError:
+        why = "" if completion is None else f"prompt: {_shorten(prompt)}\n    completion: {_shorten(completion)}"
+        return RunError.at(place, f"reward {self.name}: {what}", why=why, fix="correct it, then continue with --resume")
 
-    def _place(self, error: Exception) -> str:
-        """The innermost line of the reward's own file that the error passed through."""
+    def _failing_line(self, error: Exception) -> str:
+        """Return the innermost line of the reward's own file that the error passed through."""
         file = self.scorer.place.rpartition(":")[0]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         return f"{file}:{lines[-1]}" if lines else self.scorer.place
 
 
 def missing_columns(rewards: Sequence[Reward], present: Collection[str]) -> list[Fault]:
-    """One fault for each column that a reward reads and no row has."""
-    return [_absent(reward, name, present) for reward in rewards for name in reward.columns if name not in present]
+    """Return one fault for each column that a reward reads and no row has."""
+    return [
+        _missing_column(reward, name, present) for reward in rewards for name in reward.columns if name not in present
+    ]
 
 
-def _absent(reward: Reward, column: str, present: Collection[str]) -> Fault:
+def _missing_column(reward: Reward, column: str, present: Collection[str]) -> Fault:
     others = ", ".join(sorted(set(present) - {"prompt", "images", *FROM_TRAINER})) or "none"
-    fix = f"add it to the rows, or name another one; they have {others}"
-    return Fault(
-        reward.where or reward.name, f"reward {reward.name} reads the column {column!r}, which no row has", fix=fix
-    )
+    what = f"reward {reward.name} reads the column {column!r}, which no row has"
+    fix = f"add the column to the rows, or name one that they have: {others}"
+    return Fault(reward.where or reward.name, what, fix=fix)
 
 
 def _is_column(value: Any, rows: int) -> bool:
     return isinstance(value, list | tuple) and len(value) == rows
 
 
-def _short(value: Any, length: int = 300) -> str:
+def _shorten(value: Any, length: int = 300) -> str:
     text = repr(value)
     return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"

@@ -1,4 +1,4 @@
-"""What the launcher was asked for, and the proof that the processes are that."""
+"""The ranks of a run: checks of the launcher's settings, and a process group on the CPU for what the ranks agree on."""
 
 from __future__ import annotations
 
@@ -8,179 +8,190 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ernie_align.errors import RunError
-from ernie_align.models.architecture import Architecture
 from ernie_align.models.distributed.layout import SHARDING_UNITS, ParallelLayout
 from ernie_align.recipe import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
-    from ernie_align.stages import Stage
+    from ernie_align.runs.prepare import Setup
+
+# Set by `accelerate launch` -> the distributed type that Accelerate must report.
+_REQUESTED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
+_RANK0_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+_DEFAULT_TIMEOUT = 1800  # seconds: the default of TrainingArguments
+_PING_TIMEOUT = timedelta(seconds=10)
 
 
-# What `accelerate launch` sets -> the distributed type that must come of it.
-_ASKED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
-_FIRST_READS = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+# -- the launcher -------------------------------------------------------------------------------------------------
 
 
 def requested_sharding() -> str | None:
-    """The way of sharing weights that the launcher was asked for; None where each process has them all."""
-    return next((kind for name, kind in _ASKED.items() if os.environ.get(name, "").lower() == "true"), None)
+    """Return how the launcher was asked to shard weights, FSDP or DEEPSPEED; None if each rank holds all of them."""
+    return next((kind for name, kind in _REQUESTED.items() if os.environ.get(name, "").lower() == "true"), None)
 
 
 def rank0_loading_enabled() -> bool:
-    """Whether the first process alone reads the weights, and Accelerate hands the shards out."""
-    return requested_sharding() == "FSDP" and os.environ.get(_FIRST_READS, "").lower() == "true"
+    """Return if rank 0 alone reads the weights, and Accelerate scatters the shards."""
+    return requested_sharding() == "FSDP" and os.environ.get(_RANK0_LOADING, "").lower() == "true"
 
 
-def configure_launch(
-    state: PartialState,
-    architecture: Architecture,
-    *,
-    stage: Stage,
-    adapters: bool,
-    where: str,
-    parallel: ParallelLayout | None = None,
-    beforehand: str = "",
-) -> None:
-    """Before anything is loaded: refuse what cannot be or what Accelerate would take for something else, and say how
-    the family is cut.
+def init_distributed_state(recipe: Recipe) -> PartialState:
+    """Create Accelerate's state with training.ddp_timeout as the timeout of its collectives.
 
-    adapters: whether they are what is trained; where: what an error about the model should point at; beforehand: why
-    each process needs the whole model before it is sharded, if it does.
-    Raises RunError and ModelError. Class names that the launcher's config gives are left as they are.
+    Must run before Trainer: the first call creates the state and sets the timeout. On a machine without an accelerator
+    `cpu` must be given, or Accelerate treats each process as a run of its own.
     """
-    asked, units = requested_sharding(), SHARDING_UNITS[architecture.family]
+    import torch
+    from accelerate import PartialState
+
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=timedelta(seconds=collective_timeout(recipe)))
+
+
+def collective_timeout(recipe: Recipe) -> float:
+    """Seconds that one rank waits for another."""
+    return recipe.training.get("ddp_timeout") or _DEFAULT_TIMEOUT
+
+
+def configure_launch(state: PartialState, setup: Setup, parallel: ParallelLayout | None = None) -> None:
+    """Reject launcher settings that cannot work, and tell Accelerate which modules of the family to shard.
+
+    Runs before anything is loaded. Class names given in the launcher's config are kept. Raises RunError and ModelError.
+    """
+    recipe, stage, units = setup.recipe, setup.stage, SHARDING_UNITS[setup.architecture.family]
+    adapters = getattr(recipe, "adapter", None) is not None
+    requested = requested_sharding()
     if parallel:
-        parallel.validate(architecture, state.num_processes, adapters=adapters, where=where)
         if parallel.tp_size > 1 and not stage.supports_tensor_parallel:
-            fix = "leave --tp-size out, or train by stage: sft"
-            raise RunError.at("--tp-size", f"stage {stage.name} on matrices that are cut is not supported", fix=fix)
-        if asked:
-            what = f"{asked} was asked for beside it, and both would share out the same weights"
-            raise RunError.at("--tp-size, --ep-size", what, fix="launch with ep, ddp_nodes or cpu")
-    # adapters are of one dtype, and PEFT adds one to a router's weight outside the router: it must be whole there
-    apart = () if adapters else units.routers
-    if asked and state.distributed_type.value in ("NO", "MULTI_CPU"):
+            what = f"stage {stage.name} does not support tensor parallelism"
+            raise RunError.at("--tp-size", what, fix="drop --tp-size, or train with stage sft")
+        where = recipe.model.where("name")
+        parallel.validate(setup.architecture, state.num_processes, adapters=adapters, where=where)
+        if requested:
+            what = f"the launcher also requests {requested}, and both would shard the same weights"
+            raise RunError.at("--tp-size, --ep-size", what, fix="launch with profile ep, ddp_nodes or cpu")
+    if requested and state.distributed_type.value in ("NO", "MULTI_CPU"):
+        kind, device = state.distributed_type.value, state.device.type
         raise RunError.at(
             "launcher",
-            f"{asked} was asked for, and Accelerate makes {state.distributed_type.value} of it on {state.device.type}",
-            why="it would train unsharded and say nothing",
-            fix="launch with ddp, cpu or one_gpu, or start more than one process on GPUs",
+            f"requested {requested}, but Accelerate falls back to {kind} on {device}",
+            why="the run would train unsharded, without a warning",
+            fix="launch with profile ddp, cpu or one_gpu, or start more than one process on GPUs",
         )
-    if asked == "FSDP":
+    if requested == "FSDP":
         if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise RunError.at("launcher", "FSDP of version 1", fix="set fsdp_version: 2, or launch with fsdp2")
-        if beforehand:
-            os.environ[_FIRST_READS] = "false"  # read by transformers when it loads, and by Accelerate when it shards
-        os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(units.layers + apart))
-    elif asked == "DEEPSPEED" and units.experts:
+            what = "FSDP version 1 is not supported"
+            raise RunError.at("launcher", what, fix="set fsdp_version: 2, or launch with profile fsdp2")
+        if stage.needs_unsharded_model(recipe):
+            os.environ[_RANK0_LOADING] = "false"  # read by transformers when it loads, by Accelerate when it shards
+        # With adapters, all trained parameters have one dtype, and PEFT puts the adapter of a router's weight outside
+        # the router: there the router stays in its layer's unit.
+        routers = () if adapters else units.routers
+        os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(units.layers + routers))
+    elif requested == "DEEPSPEED" and units.experts:
         os.environ.setdefault("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", ",".join(units.experts))
 
 
-def configure_deepspeed(config: Any, architecture: Architecture, stage: Stage) -> None:
-    """Under DeepSpeed, between the trainer's arguments and the weights: refuse what it cannot do, and have the whole
-    model loaded by every process, as it is everywhere else. DeepSpeed cuts it when it gets it with its adapters on.
+def configure_deepspeed(config: Any, setup: Setup) -> None:
+    """Reject what ZeRO-3 cannot run, and let every rank load the whole model before DeepSpeed shards it.
 
-    transformers would cut it for ZeRO-3 while it loads, and take from weights the shapes by which adapters are made.
-    Accelerate asks it for ZeRO-3 again when the trainer is built. Raises RunError.
+    config: TRL's, which has set DeepSpeed up for transformers. transformers would shard the model for ZeRO-3 while it
+    loads, and adapters take their shapes from whole weights. Accelerate sets it up again when the trainer is built.
+    Raises RunError.
     """
     plugin = getattr(config, "deepspeed_plugin", None)
     if plugin is None:
         return
-    if plugin.zero_stage == 3 and architecture.has_vision:
-        # a collective mismatch in the first step, or a wait for ever, on processes of which one alone sees images
-        supported = stage.supports_zero3_with_vision
-        what = "gradient_checkpointing" if supported else f"stage {stage.name}"
-        if not supported or config.gradient_checkpointing:
-            why = "processes that see images and processes that see text would fetch weights in different orders"
-            fix = "launch with fsdp2, ep or zero2"
-            fix += ", or set training.gradient_checkpointing: false" if supported else ""
-            raise RunError.at("launcher", f"ZeRO-3 with {what}, for a model that sees images", why=why, fix=fix)
+    if plugin.zero_stage == 3 and setup.architecture.has_vision:
+        # Otherwise collectives mismatch in the first step, or hang, if only some ranks have images.
+        why = "ranks with images and ranks without would gather weights in different orders"
+        fix = "launch with profile fsdp2, ep or zero2"
+        if not setup.stage.supports_zero3_with_vision:
+            what = f"ZeRO-3 does not support stage {setup.stage.name} for a model with vision"
+            raise RunError.at("launcher", what, why=why, fix=fix)
+        if config.gradient_checkpointing:
+            what = "ZeRO-3 does not support gradient_checkpointing for a model with vision"
+            fix += ", or set training.gradient_checkpointing: false"
+            raise RunError.at("launcher", what, why=why, fix=fix)
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
 
 
 def check_world(accelerator: Accelerator, model: Any) -> str:
-    """One line about what the processes are. Raises RunError where that is not what was asked for."""
-    found, count = accelerator.distributed_type.value, accelerator.num_processes
-    asked, wanted = requested_sharding(), int(os.environ.get("WORLD_SIZE", 1))
-    if (asked or found) != found or count != wanted:
-        what = f"{asked or 'processes'} of {wanted} were asked for, and these are {found} of {count}"
-        raise RunError.at("launcher", what, fix="mend the launcher's config")
-    if found == "NO":
+    """Describe the ranks in one line. Raises RunError if they are not what the launcher was asked for."""
+    kind, world_size = accelerator.distributed_type.value, accelerator.num_processes
+    requested, requested_size = requested_sharding(), int(os.environ.get("WORLD_SIZE", 1))
+    if (requested or kind) != kind or world_size != requested_size:
+        what = f"requested {requested or kind} on {requested_size} processes, got {kind} on {world_size}"
+        raise RunError.at("launcher", what, fix="correct the launcher's config")
+    if kind == "NO":
         return f"one process on {accelerator.device}"
-    kind = "FSDP2" if accelerator.is_fsdp2 else "DDP" if found.startswith("MULTI_") else found
-    shared_out = getattr(model.config, "distributed_config", None)
-    if shared_out is not None:
-        sizes = {
-            "FSDP2 of": shared_out.fsdp_size,
-            "matrices cut in": shared_out.tp_size,
-            "experts dealt to": shared_out.ep_size,
-        }
+    kind = "FSDP2" if accelerator.is_fsdp2 else "DDP" if kind.startswith("MULTI_") else kind
+    layout = getattr(model.config, "distributed_config", None)
+    if layout is not None:
+        sizes = {"FSDP2": layout.fsdp_size, "tensor parallel": layout.tp_size, "expert parallel": layout.ep_size}
         kind = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) + ","
-    return f"{count} processes on {accelerator.device.type}: {kind} over {accelerator.state.backend}"
+    return f"{world_size} processes on {accelerator.device.type}: {kind} over {accelerator.state.backend}"
 
 
-_TIMEOUT = 1800  # seconds: TrainingArguments' own default
-_ROLL_CALL = timedelta(seconds=10)
+# -- batches of all ranks -----------------------------------------------------------------------------------------
 
 
-def init_distributed_state(recipe: Recipe) -> PartialState:
-    """accelerate's state, whose collectives wait as long as training.ddp_timeout says.
-
-    The first to ask for that state sets the timeout, before Trainer reads the key: so nothing else asks first. It is
-    told that there is no accelerator where there is none: it would take each process for the only one.
-    """
-    import torch
-    from accelerate import PartialState
-
-    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    cpu = told or not torch.accelerator.is_available()
-    return PartialState(cpu=cpu, timeout=timedelta(seconds=collective_timeout(recipe)))
+def examples_per_step(config: Any, parallel: ParallelLayout | None) -> int:
+    """Examples in one optimizer step, over all ranks."""
+    accumulated = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return accumulated * _data_parallel_size(config, parallel)
 
 
-def collective_timeout(recipe: Recipe) -> float:
-    """Seconds that one process waits for another."""
-    return recipe.training.get("ddp_timeout") or _TIMEOUT
+def repeated_examples(config: Any, parallel: ParallelLayout | None, examples: Any) -> int:
+    """Examples that are seen twice in an epoch, so that all ranks have equally many batches of full size."""
+    ranks = _data_parallel_size(config, parallel)
+    if ranks == 1 or config.dataloader_drop_last or not hasattr(examples, "__len__"):
+        return 0
+    return -len(examples) % (config.per_device_train_batch_size * ranks)
+
+
+def _data_parallel_size(config: Any, parallel: ParallelLayout | None) -> int:
+    """Number of ranks with batches of their own; the ranks of a tensor-parallel group share one."""
+    return config.world_size // (parallel.tp_size if parallel else 1)
+
+
+# -- agreement between ranks --------------------------------------------------------------------------------------
 
 
 class RankGroup:
-    """All processes of the run. What they tell each other goes over the CPU, beside the collectives of training: it
-    waits for no device, and it still works where one of those has failed.
+    """All ranks of a run, with gloo process groups apart from the collectives of training: messages wait for no device,
+    and still get through when a collective of training has failed.
 
-    timeout: seconds that one process waits for another. With one process, nothing is asked of anybody.
+    timeout: seconds that one rank waits for another. With one process, every method returns at once.
     """
 
     def __init__(self, timeout: float):
         import torch.distributed as dist
 
-        self.count = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        self.rank = dist.get_rank() if self.count > 1 else 0
-        self._group = self._calls = None
-        if self.count > 1:
+        self.world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self.rank = dist.get_rank() if self.world_size > 1 else 0
+        self.is_main = self.rank == 0  # rank 0 writes files and reports
+        self._group = self._pings = None
+        if self.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-            self._calls = dist.new_group(backend="gloo", timeout=_ROLL_CALL)
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the one that writes and speaks."""
-        return self.rank == 0
+            self._pings = dist.new_group(backend="gloo", timeout=_PING_TIMEOUT)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up in any process. All must ask at the same point."""
+        """Return if the flag is set on any rank. A collective: all ranks must call it."""
         if self._group is None:
             return flag
         import torch
         import torch.distributed as dist
 
-        up = torch.tensor([int(flag)])
-        dist.all_reduce(up, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(up.item())
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(flags.item())
 
-    def of_first(self, value: Any) -> Any:
-        """What the first process found, in all of them. The others' own value is not looked at."""
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value on every rank. A collective; the value of other ranks is ignored."""
         if self._group is None:
             return value
         import torch.distributed as dist
@@ -189,12 +200,12 @@ class RankGroup:
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
 
-    def wait(self) -> None:
-        """Go on when all are here."""
+    def barrier(self) -> None:
+        """Wait until all ranks get here."""
         self.any(False)
 
-    def failed_together(self, error: BaseException) -> bool:
-        """Whether an error says that another process could not be reached."""
+    def is_communication_error(self, error: BaseException) -> bool:
+        """Return if an error means that another rank could not be reached."""
         if self._group is None or not isinstance(error, RuntimeError):
             return False
         import torch.distributed as dist
@@ -202,23 +213,23 @@ class RankGroup:
         return isinstance(error, dist.DistError) or "gloo" in str(error)
 
     def find_missing_ranks(self) -> str:
-        """Who does not answer, asked by whoever waited in vain: ten seconds for each at most.
+        """Ping all other ranks after a timeout, ten seconds each at most, and say which of them do not answer.
 
-        One that still waits for the lost one may be named beside it.
+        A rank that still waits for the lost one may be named as well.
         """
         import torch
         import torch.distributed as dist
 
-        others = [rank for rank in range(self.count) if rank != self.rank]
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
         missing, sent = [], []
         for rank in others:
-            with suppress(RuntimeError):  # gone: it will not be heard either
-                sent.append(dist.isend(torch.ones(1), rank, group=self._calls))
+            with suppress(RuntimeError):  # the connection is gone: receiving from it fails too
+                sent.append(dist.isend(torch.ones(1), rank, group=self._pings))
         for rank in others:
             try:
-                dist.recv(torch.empty(1), rank, group=self._calls)
+                dist.recv(torch.empty(1), rank, group=self._pings)
             except RuntimeError:
                 missing.append(str(rank))
         if not missing:
-            return "all processes answer now"
-        return f"process{'es' * (len(missing) > 1)} {', '.join(missing)} did not answer"
+            return "all ranks answer now"
+        return f"rank{'s' * (len(missing) > 1)} {', '.join(missing)} did not answer"

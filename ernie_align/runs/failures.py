@@ -1,4 +1,4 @@
-"""How training fails: with an error that says at which step, why, and from which checkpoint the run goes on."""
+"""Errors of training, with the step, the cause, and the checkpoint from which the run resumes."""
 
 from __future__ import annotations
 
@@ -14,47 +14,48 @@ from ernie_align.errors import AlignError, Fault, Interrupted, RunError
 from ernie_align.runs.distributed import RankGroup
 from ernie_align.runs.run_dir import RunDirectory
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
-# torch's writer and safetensors' tell of a full disk in words alone
-_DISK_WORDS = ("No space left on device", "Disk quota exceeded", "File too large", "inline_container", "os error")
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+# torch's writer and safetensors report a full disk in their message only
+_DISK_MESSAGES = ("No space left on device", "Disk quota exceeded", "File too large", "inline_container", "os error")
 
 
 @contextmanager
-def explain_failures(directory: RunDirectory, trainer: Trainer, processes: RankGroup) -> Iterator[None]:
-    """Around training. Raises RunError where the disk or another process failed; says with every AlignError where the
-    run goes on. What is neither is a fault of ours, and comes through as it is.
+def explain_failures(run_dir: RunDirectory, trainer: Trainer, ranks: RankGroup) -> Iterator[None]:
+    """Raise RunError if the disk or another rank failed, and add the checkpoint to resume from to every AlignError.
+
+    Any other exception is a bug here and is re-raised unchanged.
     """
     try:
         yield
     except Interrupted:
         raise
     except AlignError as error:
-        raise type(error)(*error.faults, _goes_on(directory)) from error
+        raise type(error)(*error.faults, _resume_from(run_dir)) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         step = trainer.state.global_step
-        if processes.failed_together(error):
-            what = f"process {processes.rank} of {processes.count} waited in vain for another"
-            why = f"{processes.find_missing_ranks()} ({_first_line(error)})"
-            fault = Fault(f"step {step + 1}", what, why, "look at the output of that process")
-            raise RunError(fault, _goes_on(directory)) from error
-        if directory.saving.exists() and _of_the_disk(error):
-            free = shutil.disk_usage(directory.path).free
-            shutil.rmtree(directory.saving, ignore_errors=True)
+        if ranks.is_communication_error(error):
+            what = f"rank {ranks.rank} of {ranks.world_size} lost contact with another rank"
+            why = f"{ranks.find_missing_ranks()} ({_first_line(error)})"
+            fault = Fault(f"step {step + 1}", what, why, "read the output of that rank")
+            raise RunError(fault, _resume_from(run_dir)) from error
+        if run_dir.saving.exists() and _is_disk_error(error):
+            free = shutil.disk_usage(run_dir.path).free
+            shutil.rmtree(run_dir.saving, ignore_errors=True)
             what = f"the checkpoint of step {step} could not be written: {_first_line(error)}"
-            why = f"{free / 1e9:.3f} GB were free; what was written of it is removed"
-            raise RunError(Fault(str(directory.path), what, why, "make room"), _goes_on(directory)) from error
+            why = f"{free / 1e9:.3f} GB were free; the incomplete checkpoint was removed"
+            raise RunError(Fault(str(run_dir.path), what, why, "make room"), _resume_from(run_dir)) from error
         raise
 
 
-def _goes_on(directory: RunDirectory) -> Fault:
-    checkpoint, _ = directory.newest_checkpoint()
-    what = f"whole up to {checkpoint.name}, from which --resume goes on" if checkpoint else "no checkpoint is there yet"
-    return Fault(str(directory.path), what)
+def _resume_from(run_dir: RunDirectory) -> Fault:
+    checkpoint, _ = run_dir.newest_checkpoint()
+    what = f"--resume continues from {checkpoint.name}" if checkpoint else "no checkpoint was written yet"
+    return Fault(str(run_dir.path), what)
 
 
-def _of_the_disk(error: BaseException | None) -> bool:
+def _is_disk_error(error: BaseException | None) -> bool:
     while error is not None:
-        if getattr(error, "errno", None) in _DISK or any(word in str(error) for word in _DISK_WORDS):
+        if getattr(error, "errno", None) in _DISK_ERRORS or any(words in str(error) for words in _DISK_MESSAGES):
             return True
         error = error.__cause__ or error.__context__
     return False

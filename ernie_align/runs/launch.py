@@ -1,4 +1,4 @@
-"""One recipe on several processes: the profiles that say how, and `accelerate launch` with one of them."""
+"""`--launch`: run one recipe on several processes with `accelerate launch`, with signals and exit codes passed on."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from typing import Any
 from ernie_align.errors import RecipeError
 
 PROFILES = Path(__file__).parent / "profiles"  # recipes/accelerate is a link to it
-# A folder, in which each process writes a file by its number on this machine: its id, and at its end its exit code. One
-# that is started anew writes over what the one before it said.
-ENDINGS = "ERNIE_ALIGN_ENDINGS"
-EXIT_STOPPED = 75  # by a signal, and saved
-HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # what ends a process that does not hear it
+# Names a folder with a file for each local rank: its process id, followed at its end by its exit code. A process that
+# is restarted overwrites the file of the one before it.
+_STATUS_FOLDER = "ERNIE_ALIGN_STATUS_FOLDER"
+EXIT_STOPPED = 75  # stopped by a signal, with a checkpoint
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def profiles() -> list[str]:
-    """The names that `--launch` knows."""
+    """Return the names that `--launch` accepts."""
     return sorted(path.stem for path in PROFILES.glob("*.yaml"))
 
 
 def profile_path(profile: str) -> Path:
-    """A profile by its name, or a file by its path. Raises RecipeError where it is neither."""
+    """Return the file of a profile, given its name or a path. Raises RecipeError if it is neither."""
     known = PROFILES / f"{profile}.yaml"
     if known.is_file() and profile in profiles():
         return known
@@ -37,15 +37,18 @@ def profile_path(profile: str) -> Path:
         return Path(profile)
     close = difflib.get_close_matches(profile, profiles(), n=1)
     guess = f"did you mean {close[0]}? " if close else ""
-    fix = f"{guess}choose from {', '.join(profiles())}, or give the path of a config of accelerate"
-    raise RecipeError.at("--launch", f"no profile {profile!r}", fix=fix)
+    fix = f"{guess}choose from {', '.join(profiles())}, or give the path of an Accelerate config"
+    raise RecipeError.at("--launch", f"unknown profile {profile!r}", fix=fix)
 
 
 def launch_command(
     profile: str, processes: int | None, arguments: Sequence[str], launcher: Sequence[str] = ()
 ) -> list[str]:
-    """What `accelerate launch` is called with. arguments: of ernie-align, the verb first; launcher: its own, which go
-    before those of the profile."""
+    """Return the command line of `accelerate launch`.
+
+    arguments: of ernie-align, with the command first; launcher: options of accelerate launch, which override the
+    profile's.
+    """
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(profile_path(profile))]
     if processes is not None:
         command += ["--num_processes", str(processes)]
@@ -53,61 +56,62 @@ def launch_command(
 
 
 def launch(profile: str, processes: int | None, arguments: Sequence[str], launcher: Sequence[str] = ()) -> int:
-    """Run it to its end; arguments as in launch_command. What all its processes on this machine end with, where they
-    say it and agree: Accelerate's launcher says 1 whatever they say. Otherwise the launcher's own exit status.
+    """Run launch_command to its end and return the exit code of the run.
 
-    Signals go to the processes themselves, past the launcher, which would die before them, or kill them after 30
-    seconds. It has a session of its own, so that a terminal's Ctrl-C comes once. Where it starts processes anew
-    (--max_restarts), one that was stopped tells it 0, and the truth here.
+    This is the exit code of all local ranks if each has reported one and they agree, because Accelerate's launcher
+    always reports 1; otherwise the launcher's own.
+    Signals go to the ranks directly: the launcher would die before them, or kill them after 30 seconds. It gets its own
+    session, so that a terminal's Ctrl-C arrives once. If it restarts processes (--max_restarts), a stopped rank exits
+    with 0 and reports the real code here.
     """
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, ENDINGS: folder}
+        environment = {**os.environ, _STATUS_FOLDER: folder}
         command = launch_command(profile, processes, arguments, launcher)
         agent = subprocess.Popen(command, env=environment, start_new_session=True)
-        asked: list[int] = []
+        received: list[int] = []
 
-        def hand_on(number: int, frame: Any) -> None:
-            asked.append(number)
+        def forward(number: int, frame: Any) -> None:
+            received.append(number)
+            running = [process for process, code in _statuses(folder) if not code]
             reached = 0
-            for process, code in _endings(folder):
-                if not code:
-                    with suppress(ProcessLookupError):
-                        os.kill(int(process), number)
-                        reached += 1
-            if not reached:  # none has begun yet, or all have ended
+            for process in running:
+                with suppress(ProcessLookupError):
+                    os.kill(process, number)
+                    reached += 1
+            if not reached:  # no rank has started yet, or all have ended
                 with suppress(ProcessLookupError):
                     os.killpg(agent.pid, number)
 
-        heard = [one for one in HANDED_ON if signal.getsignal(one) != signal.SIG_IGN]  # nohup ignores one
-        before = {one: signal.signal(one, hand_on) for one in heard}
+        handled = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores one
+        before = {number: signal.signal(number, forward) for number in handled}
         try:
             code = agent.wait()
         finally:
-            for one, handler in before.items():
-                signal.signal(one, handler)
-        said = {code for _, code in _endings(folder)}
-    if asked:  # the launcher may end the last of them while it says goodbye; unasked, it ends them where one died
-        said.discard("")
-    if said == {str(EXIT_STOPPED)} or (code and len(said) == 1 and said != {""}):
-        return int(said.pop())
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        reported = {code for _, code in _statuses(folder)}
+    if received:  # after a signal, the launcher may kill the last ranks while they exit; without one, only if one died
+        reported.discard(None)
+    if reported == {EXIT_STOPPED} or (code and len(reported) == 1 and reported != {None}):
+        return reported.pop()
     return code if code >= 0 else 128 - code
 
 
-def _endings(folder: str) -> list[tuple[str, str]]:
-    """Of each process: its id, and its exit code or nothing."""
-    told = [path.read_text().split() for path in Path(folder).iterdir()]
-    return [(words[0], words[1] if len(words) > 1 else "") for words in told if words]
+def _statuses(folder: str) -> list[tuple[int, int | None]]:
+    """Process id and exit code (None: running, or killed) of each local rank."""
+    words = [path.read_text().split() for path in Path(folder).iterdir()]
+    return [(int(process), int(code[0]) if code else None) for process, *code in filter(None, words)]
 
 
 def report_exit_code(code: int | None = None) -> int | None:
-    """In a process that `launch` began, whoever else stands between: that it is there, and at its end its exit code.
+    """Report to `launch`, if it started this process, that the process runs (None) or the code it exits with.
 
-    Returns the one to exit with: 0 of a process that was stopped, where torch's agent would start it anew.
+    Returns the code to exit with: 0 for a stopped run that torch's agent would otherwise restart.
     """
-    folder = os.environ.get(ENDINGS)
-    if not folder or not Path(folder).is_dir():  # gone with a launch that was killed
+    folder = os.environ.get(_STATUS_FOLDER)
+    if not folder or not Path(folder).is_dir():  # removed when the launch was killed
         return code
-    told = str(os.getpid()) if code is None else f"{os.getpid()} {code}"
-    (Path(folder) / os.environ.get("LOCAL_RANK", "0")).write_text(told)
+    status = str(os.getpid()) if code is None else f"{os.getpid()} {code}"
+    (Path(folder) / os.environ.get("LOCAL_RANK", "0")).write_text(status)
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     return 0 if code == EXIT_STOPPED and restarts else code

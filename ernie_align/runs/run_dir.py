@@ -1,8 +1,7 @@
-"""The folder of a run: what was asked, what was measured, and which of its checkpoints are whole."""
+"""The folder of a run: its lock, its recipe, its metrics, and which of its checkpoints are complete."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -10,175 +9,197 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ernie_align.checkpoints import flush_to_disk, integrity_error, partial_checkpoint
+from filelock import FileLock, Timeout
+
+from ernie_align.checkpoints import (
+    flush_to_disk,
+    integrity_error,
+    partial_checkpoint,
+    write_atomically,
+    write_manifest,
+)
 from ernie_align.errors import AlignError, Fault, RunError
-from ernie_align.models.distributed.layout import ParallelLayout
 from ernie_align.models.environment import environment
 from ernie_align.recipe import Recipe, differences, to_yaml
-from ernie_align.runs.batch_size import examples_per_step
 from ernie_align.runs.distributed import RankGroup
 
 if TYPE_CHECKING:
-    from ernie_align.runs.train import Reporter
+    from ernie_align.data.load import SourceStats
+    from ernie_align.models.trainable_parts import ParameterSummary
+    from ernie_align.runs.reporter import Reporter
 
-
-# A resumed run may end, log, save or evaluate at other steps; everything else must be what it was.
+# Keys that may differ between a run and its resumption: where it ends, logs, saves and evaluates.
 _MAY_CHANGE = re.compile(
     r"run\.dir|training\.(max_steps|num_train_epochs|(logging|save|eval)_\w+|report_to|run_name|dataloader_\w+)"
 )
+# With another number of ranks, these may change as long as the examples per step do not.
+_BATCH_SIZE = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 
-_SHARE_A_STEP = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
-
-_BEGINNING = {"run.lock", "recipe.yaml", "recipe.resolved.yaml"}  # written before run.json makes a folder a run's
+_BEFORE_RUN_JSON = {"run.lock", "recipe.yaml", "recipe.resolved.yaml"}  # run.json is what makes a folder a run
 
 
 class RunDirectory:
-    """One run's folder, held by one process at a time.
+    """The folder of one run, locked by one process at a time. As a context manager, it releases the lock at exit.
 
-    recipe.yaml           as given, with the overrides of the command line
-    recipe.resolved.yaml  with every default
-    run.json              versions, device, and what the run found out about itself
+    recipe.yaml           the recipe as given, with the overrides of the command line
+    recipe.resolved.yaml  the same with every default
+    run.json              versions, device and facts about the run
     coverage.json data.json preview.txt metrics.jsonl
-    checkpoint-N/ final/  whole, each with its seal
+    checkpoint-N/ final/  complete, each with its manifest
     checkpoint.partial/ *.partial  being written or removed
+    cache/                encoded rows, removed at the end
     """
 
     def __init__(self, path: str | Path, *, where: str = "run.dir"):
         self.path = Path(path)
         self.where = where
-        self._lock: Any = None
+        self.final = self.path / "final"
+        self.saving = partial_checkpoint(self.path)  # Trainer writes checkpoint-N in here
+        self.cache = self.path / "cache"
+        self._lock: FileLock | None = None
 
-    @property
-    def final(self) -> Path:
-        """The finished model or adapter."""
-        return self.path / "final"
+    def __enter__(self) -> RunDirectory:
+        return self
 
-    @property
-    def saving(self) -> Path:
-        """Where Trainer writes a checkpoint-N before it is whole."""
-        return partial_checkpoint(self.path)
+    def __exit__(self, *error: Any) -> None:
+        self.release()
 
-    @property
-    def cache(self) -> Path:
-        """Encoded rows, for as long as the run lasts."""
-        return self.path / "cache"
+    # -- lock and recipe ----------------------------------------------------------------------------------------
 
-    # -- beginning ----------------------------------------------------------------------------------------------
+    def acquire(self, resolved: str, *, resume: bool, examples_per_step: int = 0) -> bool:
+        """Lock the folder for a run of a resolved recipe. Return True if it holds a run to resume.
 
-    def begin(self, resolved: str, *, resume: bool, examples_a_step: int = 0) -> bool:
-        """Take the folder for a run of this resolved recipe. True if there is a run to go on with.
-
-        examples_a_step: of all processes; while it stays, another number of them may go on (0: not known).
-
-        A run that failed before its first step left nothing to keep: another may begin in its folder.
-        Raises RunError where the folder is in use, holds something else, holds a finished run, or (resume) a run of
+        examples_per_step: over all ranks; the number of ranks may change while it stays the same (0: not known).
+        A run that failed before its first step has left nothing to keep, so another may start in its folder.
+        Raises RunError if the folder is in use, holds other files, holds a finished run or, with resume, a run of
         another recipe. Nothing in it is ever overwritten.
         """
-        holds = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
         if self.path.exists() and not self.path.is_dir():
             raise RunError.at(self.where, f"{self.path} is a file", fix="name a new folder")
-        is_run = "run.json" in holds  # written last of what a beginning writes
-        if not is_run and not {name for name in holds if not name.endswith(".partial")} <= _BEGINNING:
-            what = f"{self.path} holds something else ({', '.join(holds[:3])})"
+        names = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
+        is_run = "run.json" in names
+        if not is_run and not {name for name in names if not name.endswith(".partial")} <= _BEFORE_RUN_JSON:
+            what = f"{self.path} is not empty and is not a run directory ({', '.join(names[:3])})"
             raise RunError.at(self.where, what, fix="name a new folder: nothing is overwritten")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._take()
+        self._acquire_lock()
         if is_run and resume:
-            self._same_recipe(resolved, examples_a_step)
+            self._check_same_recipe(resolved, examples_per_step)
             return True
         if is_run and self.final.exists():
             fix = "name a new folder, or remove this one"
             raise RunError.at(self.where, f"{self.path} holds a finished run", fix=fix)
         if is_run and (self.checkpoints() or (self.path / "metrics.jsonl").exists()):
-            fix = "go on with --resume, or name a new folder"
+            fix = "continue it with --resume, or name a new folder"
             raise RunError.at(self.where, f"{self.path} holds an unfinished run", fix=fix)
         return False
 
-    def _take(self) -> None:
-        lock = open(self.path / "run.lock", "a+")  # noqa: SIM115 (held until the process ends)
+    def _acquire_lock(self) -> None:
+        """Take run.lock. The kernel frees it however this process ends, and forked data workers do not inherit it."""
+        lock = FileLock(self.path / "run.lock", thread_local=False, preserve_lock_file=True)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            lock.close()
-            what = f"{self.path} is in use by {holder}"
+            lock.acquire(blocking=False)
+        except Timeout:
+            what = f"{self.path} is in use by {self.holder() or 'another process'}"
             raise RunError.at(self.where, what, fix="wait for it, stop it, or name a new folder") from None
         except OSError as error:
-            lock.close()
             what = f"{self.path} cannot be locked: {error.strerror}"
-            why = "without a lock two runs could write one folder"
+            why = "without a lock, two runs could write to one folder"
             raise RunError.at(self.where, what, why=why, fix="name a folder on a file system with locks") from None
-        # a forked data worker has the lock too, and may outlive a run that was killed
-        os.register_at_fork(after_in_child=lock.close)
-        lock.seek(0)
-        lock.truncate()
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
+        (self.path / "run.lock").write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         self._lock = lock
 
     def holder(self) -> str:
-        """Which process of which machine took the folder last."""
+        """Return the process and machine that locked the folder last, or nothing."""
         lock = self.path / "run.lock"
-        return lock.read_text(encoding="utf-8") if lock.exists() else ""
+        return lock.read_text(encoding="utf-8").strip() if lock.exists() else ""
 
-    def is_held_by(self, holder: str, *, patience: float = 60) -> bool:
-        """Whether this is the folder that it took, on another machine perhaps. Asks for so many seconds: NFS shows a
-        new file late where the folder was looked at before."""
-        until = time.monotonic() + patience
+    def is_held_by(self, holder: str, *, timeout: float = 60) -> bool:
+        """Return if this folder was locked by that holder, on another machine perhaps.
+
+        timeout: seconds to wait for it, since NFS shows a new file late in a folder that was listed before.
+        """
+        until = time.monotonic() + timeout
         while self.holder() != holder and time.monotonic() < until:
             time.sleep(1)
         return self.holder() == holder
 
     def release(self) -> None:
-        """Let another process have the folder."""
+        """Unlock the folder."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
-    def _same_recipe(self, resolved: str, examples_a_step: int) -> None:
-        began = (self.path / "recipe.resolved.yaml").read_text(encoding="utf-8")
-        changed = [item for item in differences(began, resolved) if not _MAY_CHANGE.fullmatch(item[0])]
-        at_first = self.facts().get("examples_a_step", examples_a_step)
-        if at_first == examples_a_step:
-            changed = [item for item in changed if item[0] not in _SHARE_A_STEP]
+    def _check_same_recipe(self, resolved: str, examples_per_step: int) -> None:
+        before = (self.path / "recipe.resolved.yaml").read_text(encoding="utf-8")
+        changed = [item for item in differences(before, resolved) if not _MAY_CHANGE.fullmatch(item[0])]
+        first = self.facts().get("examples_a_step", examples_per_step)
+        if first == examples_per_step:
+            changed = [item for item in changed if item[0] not in _BATCH_SIZE]
         elif not changed:
-            changed = [("examples of a step, of all processes", at_first, examples_a_step)]
+            changed = [("examples per step, over all processes", first, examples_per_step)]
         if changed:
-            fix = "restore it, or begin anew in another run.dir"
+            fix = "restore the old value, or start a new run in another run.dir"
             raise RunError(
-                *(Fault(key, f"{new!r} now, {old!r} when the run began", fix=fix) for key, old, new in changed)
+                *(Fault(key, f"{new!r} now, {old!r} when the run started", fix=fix) for key, old, new in changed)
             )
 
-    # -- keeping ------------------------------------------------------------------------------------------------
+    # -- files --------------------------------------------------------------------------------------------------
 
     def write(self, name: str, content: str | Mapping[str, Any] | list[Any]) -> None:
-        """Write a small file so that a reader sees the old one or the new one, never half of one."""
+        """Write a small file, text or JSON, so that a reader sees the old content or the new, never a part of it."""
         text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        partial = self.path / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        flush_to_disk(partial)
-        partial.replace(self.path / name)
-
-    def note(self, **facts: Any) -> None:
-        """Add facts to run.json."""
-        self.write("run.json", {**self.facts(), **facts})
+        write_atomically(self.path / name, text)
 
     def facts(self) -> dict[str, Any]:
-        """What run.json holds."""
+        """Return the content of run.json."""
         path = self.path / "run.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
+    def add_facts(self, **facts: Any) -> None:
+        """Add facts to run.json."""
+        self.write("run.json", {**self.facts(), **facts})
+
+    def write_overview(
+        self, summary: ParameterSummary, counts: list[SourceStats], preview: str, batching: list[str]
+    ) -> None:
+        """Write what is known before the model is loaded.
+
+        preview: the first example; batching: lines about how rows make up batches.
+        """
+        if batching:
+            self.add_facts(layout=batching)
+        self.write("coverage.json", [asdict(row) for row in summary.rows])
+        self.write("data.json", [asdict(count) for count in counts])
+        self.write("preview.txt", preview)
+
+    def publish_final(self, partial: Path, counts: list[SourceStats], **facts: Any) -> None:
+        """Complete the finished model in a folder `partial` with its manifest, and rename it to `final`.
+
+        counts: written once more, since the rows of a stream are counted only by the end.
+        """
+        write_manifest(partial)
+        self.write("data.json", [asdict(count) for count in counts])
+        self.add_facts(**facts)
+        partial.replace(self.final)
+        flush_to_disk(self.path)
+        self.remove_cache()
+
+    def remove_cache(self) -> None:
+        """Remove the encoded rows."""
+        shutil.rmtree(self.cache, ignore_errors=True)
+
     def append_metrics(self, values: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl."""
+        """Append one line to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(values) + "\n")
 
-    def keep_metrics(self, count: int) -> None:
-        """Drop all but the first lines: what follows is of steps that a resumed run takes again."""
+    def truncate_metrics(self, count: int) -> None:
+        """Keep the first lines of metrics.jsonl; the others are of steps that a resumed run takes again."""
         path = self.path / "metrics.jsonl"
         if path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -187,42 +208,42 @@ class RunDirectory:
     # -- checkpoints --------------------------------------------------------------------------------------------
 
     def checkpoints(self) -> list[Path]:
-        """checkpoint-N folders, oldest first, whole or not."""
-        found = [path for path in self.path.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-        return sorted(found, key=step_of)
+        """Return all checkpoint-N folders, oldest first, complete or not."""
+        paths = [path for path in self.path.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+        return sorted(paths, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
     def newest_checkpoint(self, *, hashes: bool = False) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that is whole, and the newer ones passed over, each with the reason.
+        """Return the newest complete checkpoint, and the newer ones that were skipped, each with the reason.
 
-        hashes: read it to its last byte, instead of looking at its sizes.
+        hashes: read every byte of it, instead of comparing sizes.
         """
-        passed_over = []
+        skipped = []
         for checkpoint in reversed(self.checkpoints()):
             reason = integrity_error(checkpoint, hashes=hashes)
             if reason is None:
-                return checkpoint, passed_over
-            passed_over.append(f"{checkpoint.name}: {reason}")
-        return None, passed_over
+                return checkpoint, skipped
+            skipped.append(f"{checkpoint.name}: {reason}")
+        return None, skipped
 
-    def keep_checkpoint(self, name: str) -> Path:
-        """Give a sealed checkpoint its name. One of that name that was passed over makes room."""
-        place = self.path / name
-        if place.exists():
-            self.drop_checkpoint(place)
-        (self.saving / name).rename(place)
+    def publish_checkpoint(self, name: str) -> None:
+        """Write the manifest of a checkpoint in `saving` and move it into the run. An incomplete one is replaced."""
+        write_manifest(self.saving / name)
+        target = self.path / name
+        if target.exists():
+            self.remove_checkpoint(target)
+        (self.saving / name).rename(target)
         self.saving.rmdir()
         flush_to_disk(self.path)
-        return place
 
-    def drop_checkpoint(self, checkpoint: Path) -> None:
-        """Remove a checkpoint: its name at once, so that no half of it is ever taken for one."""
+    def remove_checkpoint(self, checkpoint: Path) -> None:
+        """Remove a checkpoint. It is renamed first, so that a half-removed one is never taken for complete."""
         doomed = checkpoint.with_name(f"{checkpoint.name}.partial")
         shutil.rmtree(doomed, ignore_errors=True)
         checkpoint.rename(doomed)
         shutil.rmtree(doomed)
 
-    def sweep(self) -> list[str]:
-        """Remove what a killed run left half-written or half-removed. Its names."""
+    def remove_partial(self) -> list[str]:
+        """Remove what a killed run left half-written or half-removed. Return the names of the folders."""
         folders = [path for path in self.path.glob("*.partial") if path.name.startswith(("checkpoint", "final."))]
         for folder in folders:
             shutil.rmtree(folder)
@@ -231,73 +252,56 @@ class RunDirectory:
                 file.unlink()
         return sorted(folder.name for folder in folders)
 
-    def finish(self) -> None:
-        """Drop what only a running run needs."""
-        shutil.rmtree(self.cache, ignore_errors=True)
 
-
-def step_of(checkpoint: Path) -> int:
-    """checkpoint-120 -> 120."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def begin_together(
-    directory: RunDirectory,
-    recipe: Recipe,
-    config: Any,
-    reporter: Reporter,
-    *,
-    resume: bool,
-    parallel: ParallelLayout | None,
-    processes: RankGroup,
+def open_run(
+    run_dir: RunDirectory, recipe: Recipe, reporter: Reporter, ranks: RankGroup, *, resume: bool, examples_per_step: int
 ) -> None:
-    """The first process takes the folder. Where it cannot, none goes on to wait for it."""
-    fault: AlignError | None = None
-    if processes.is_first:
+    """Lock the folder from rank 0 and write the recipe into it. A collective: if rank 0 fails, all ranks raise."""
+    error: AlignError | None = None
+    if ranks.is_main:
         try:
-            _begin(directory, recipe, reporter, resume=resume, examples_per_step=examples_per_step(config, parallel))
-        except AlignError as error:
-            fault = error
-    may_begin = processes.of_first(fault is None)
-    if fault is not None:
-        raise fault
-    if not may_begin:
-        raise RunError.at(directory.where, "the first process could not begin", fix="see what it says")
-    holder = processes.of_first(directory.holder())
-    is_here = directory.is_held_by(holder)
-    if processes.any(not is_here):
-        what = f"{directory.path} is not the folder that the first process holds ({holder})"
-        what = "another process finds no such folder" if is_here else what
-        raise RunError.at(directory.where, what, fix="name a folder on a disk that all machines share")
+            _open_on_main(run_dir, recipe, reporter, resume=resume, examples_per_step=examples_per_step)
+        except AlignError as caught:
+            error = caught
+    opened = ranks.broadcast(error is None)
+    if error is not None:
+        raise error
+    if not opened:
+        raise RunError.at(run_dir.where, "rank 0 could not start the run", fix="read the error of rank 0")
+    holder = ranks.broadcast(run_dir.holder())
+    is_shared = run_dir.is_held_by(holder)
+    if ranks.any(not is_shared):
+        what = f"{run_dir.path} is not the folder that rank 0 has locked ({holder})"
+        what = "another rank does not see the folder of rank 0" if is_shared else what
+        raise RunError.at(run_dir.where, what, fix="name a folder on a disk that all machines share")
 
 
-def _begin(
-    directory: RunDirectory, recipe: Recipe, reporter: Reporter, *, resume: bool, examples_per_step: int
+def _open_on_main(
+    run_dir: RunDirectory, recipe: Recipe, reporter: Reporter, *, resume: bool, examples_per_step: int
 ) -> None:
     resolved = to_yaml(recipe)
-    goes_on = directory.begin(resolved, resume=resume, examples_a_step=examples_per_step)
-    for name in directory.sweep():
-        reporter.log(f"removed {name}: left by a run that was killed")
-    if directory.final.exists():
-        directory.finish()
-    elif not goes_on:
-        directory.write("recipe.yaml", recipe.as_given)
-        directory.write("recipe.resolved.yaml", resolved)
-        directory.note(environment=environment(), examples_a_step=examples_per_step)
+    resumes = run_dir.acquire(resolved, resume=resume, examples_per_step=examples_per_step)
+    for name in run_dir.remove_partial():
+        reporter.log(f"removed {name}, left by a run that was killed")
+    if run_dir.final.exists():
+        run_dir.remove_cache()
+    elif not resumes:
+        run_dir.write("recipe.yaml", recipe.as_given)
+        run_dir.write("recipe.resolved.yaml", resolved)
+        run_dir.add_facts(environment=environment(), examples_a_step=examples_per_step)
 
 
-def latest_checkpoint(directory: RunDirectory, reporter: Reporter, processes: RankGroup) -> Path | None:
-    """The newest whole checkpoint, if there is one. All processes call it."""
-    found = directory.newest_checkpoint(hashes=True) if processes.is_first else None
-    checkpoint, passed_over = processes.of_first(found)
-    for reason in passed_over:
-        reporter.log(f"passed over {reason}")
-    reporter.log(f"resuming from {checkpoint}" if checkpoint else "no whole checkpoint: beginning at step 0")
-    if processes.is_first:
-        directory.keep_metrics(_lines_logged(checkpoint) if checkpoint else 0)
+def latest_checkpoint(run_dir: RunDirectory, reporter: Reporter, ranks: RankGroup) -> Path | None:
+    """Return the newest complete checkpoint, or None, and cut metrics.jsonl to its step. A collective."""
+    checkpoint, skipped = ranks.broadcast(run_dir.newest_checkpoint(hashes=True) if ranks.is_main else None)
+    for reason in skipped:
+        reporter.log(f"skipped {reason}")
+    reporter.log(f"resuming from {checkpoint}" if checkpoint else "no complete checkpoint: starting at step 0")
+    if ranks.is_main:
+        run_dir.truncate_metrics(_count_logs(checkpoint) if checkpoint else 0)
     return checkpoint
 
 
-def _lines_logged(checkpoint: Path) -> int:
-    """Trainer remembers every log of the run, and each of them is a line of metrics.jsonl."""
+def _count_logs(checkpoint: Path) -> int:
+    """Number of logs up to a checkpoint: trainer_state.json has all of them, and metrics.jsonl a line for each."""
     return len(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"])

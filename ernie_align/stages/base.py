@@ -88,7 +88,7 @@ class Datasets:
 
 @dataclass(frozen=True)
 class MemoryProfile:
-    """How a stage's training step uses memory. The defaults are those of supervised training.
+    """Memory use of a stage's training step. The defaults are those of supervised training.
 
     sequences_per_row: sequences in a training forward for each row of per_device_train_batch_size; min_sequences:
     sequences that must stay in one batch; shared_prompt: one sequence holds a prompt and both of its answers;

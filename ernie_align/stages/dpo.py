@@ -19,7 +19,7 @@ from ernie_align.stages.base import (
     trl_config,
     validate_padding,
 )
-from ernie_align.stages.reference import PolicyRecipe, load_reference_model, precomputed_reference
+from ernie_align.stages.reference import REFERENCE_STAYS, PolicyRecipe, load_reference_model, precomputed_reference
 from ernie_align.stages.trl_keys import DPO_CONFIG, training_model
 
 if TYPE_CHECKING:
@@ -45,14 +45,10 @@ _LENGTH_NORMALIZED = frozenset({"simpo", "ipo", "sigmoid_norm", "sft"})
 
 _RESERVED = {
     **RESERVED_BY_EVERY_STAGE,
+    **REFERENCE_STAYS,
     **{key: f"set dpo.{key}" for key in (*_TRL_LOSS_KEYS, "loss_type", "loss_weights")},
     "precompute_ref_log_probs": "set dpo.reference: precomputed",
     "padding_free": "drop it: without padding, rows would attend to each other in this model",
-    "sync_ref_model": "drop it: the reference stays the model that the run started from",
-    "ref_model_mixup_alpha": "drop it: the reference stays the model that the run started from",
-    "ref_model_sync_steps": "drop it: the reference stays the model that the run started from",
-    # transformers reloads the best weights with strict=False, which matches 3 of 98 tensors of a VL model
-    "load_best_model_at_end": "drop it: keep the checkpoints and choose one with ernie-align eval",
 }
 
 LossType = Literal[

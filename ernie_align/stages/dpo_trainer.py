@@ -202,7 +202,7 @@ class PairBatch:
         """
         labels = self.inputs["input_ids"].masked_fill(self.inputs["completion_mask"] == 0, IGNORE_INDEX)
         forward = fused_head_forward(model, find_backbone(unwrapped))
-        with self.images.shown(unwrapped, times=2):
+        with self.images.use(unwrapped, times=2):
             return forward(**model_inputs(self.inputs), labels=labels, fused_lm_head=True, use_cache=False)
 
 
@@ -235,5 +235,5 @@ class SharedPromptBatch:
 
     def forward(self, model: nn.Module, unwrapped: nn.Module) -> Any:
         """Return the outputs of TRL's fused head, as PairBatch.forward does."""
-        with self.images.shown(unwrapped):
+        with self.images.use(unwrapped):
             return score_positions(model, find_backbone(unwrapped), self.predicted_at, self.labels, self.model_inputs)

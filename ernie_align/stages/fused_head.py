@@ -1,8 +1,8 @@
-"""The language model's head, where it is asked for the log-probabilities of labels: it sees no position without one.
+"""TRL's fused LM head, computed at labeled positions only.
 
-Of a prompt, of an image and of padding nothing is trained, yet on a device without Triton TRL's fused head runs over
-every position of a batch, and with a vocabulary of 103,424 that is most of what a small step costs. Here the backbone's
-hidden states are gathered where a label is predicted before the head sees them, on every device alike.
+Prompts, images and padding have no labels, but on a device without Triton TRL's fused head runs over every position of
+a batch, and with a vocabulary of 103,424 that is most of the cost of a small step. Here the backbone's hidden states
+are gathered at the positions that predict a label before the head receives them, on every device.
 """
 
 from __future__ import annotations
@@ -16,52 +16,52 @@ from torch import Tensor, nn
 
 from ernie_align.data.render import IGNORE_INDEX
 
-# of TRL's FusedCausalLMOutput, each (B, T - 1) or None
+# fields of TRL's FusedCausalLMOutput, each (B, T - 1) or None
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 @contextmanager
-def select_hidden_states(backbone: nn.Module, places: Tensor) -> Iterator[None]:
-    """While it lasts, the backbone's last hidden state is of these places among its B·T tokens: (*places.shape, H)."""
+def select_hidden_states(backbone: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Within the context, the backbone's last hidden state is that of these B·T positions: (*positions.shape, H)."""
 
-    def choose(module: nn.Module, args: tuple, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[places]
+    def select(module: nn.Module, args: tuple, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[positions]
         return output
 
-    handle = backbone.register_forward_hook(choose)
-    try:
+    with backbone.register_forward_hook(select):
         yield
-    finally:
-        handle.remove()
 
 
 def score_positions(
-    model: Callable[..., Any], backbone: nn.Module, places: Tensor, targets: Tensor, inputs: Mapping[str, Any]
+    model: Callable[..., Any], backbone: nn.Module, positions: Tensor, targets: Tensor, inputs: Mapping[str, Any]
 ) -> Any:
-    """TRL's outputs of its fused head, each per-token field as wide as targets, and zero where a target is IGNORED.
+    """Return the outputs of TRL's fused head, per-token fields shaped like targets and 0 where these are IGNORE_INDEX.
 
-    model: with that head, as it is called; backbone: its own, without what wraps it for many devices; places: where
-    among the B·T tokens each target is predicted.
+    model: has that head, and is called; backbone: the model's own, without its distributed wrapper; positions: the
+    position among the B·T tokens that predicts each target.
     """
     mask = targets != IGNORE_INDEX
-    with select_hidden_states(backbone, places[mask][None]):
+    with select_hidden_states(backbone, positions[mask][None]):
         outputs = model(**inputs, shift_labels=targets[mask][None], fused_lm_head=True)
     for name in _PER_TOKEN:
         values = getattr(outputs, name)
         if values is not None:
-            # keeps its way back to the model where there is no target at all, too
+            # stays connected to the model's graph even if there is no target
             setattr(outputs, name, values.new_zeros(mask.shape).masked_scatter(mask, values))
     outputs.label_mask = mask
     return outputs
 
 
 def fused_head_forward(model: Callable[..., Any], backbone: nn.Module) -> Callable[..., Any]:
-    """`model` with TRL's fused head, for TRL to call: the same outputs. A call without labels is the model's own."""
+    """Wrap `model` for TRL to call: same outputs, with the fused head at labeled positions only.
+
+    A call without labels or without fused_lm_head is passed to the model unchanged.
+    """
 
     def forward(*, labels: Tensor | None = None, fused_lm_head: bool = False, **inputs: Any) -> Any:
         if labels is None or not fused_lm_head:
             return model(**inputs, **({} if labels is None else {"labels": labels}))
-        places = torch.arange(labels.numel(), device=labels.device).view_as(labels)
-        return score_positions(model, backbone, places[:, :-1], labels[:, 1:], inputs)
+        positions = torch.arange(labels.numel(), device=labels.device).view_as(labels)
+        return score_positions(model, backbone, positions[:, :-1], labels[:, 1:], inputs)
 
     return forward

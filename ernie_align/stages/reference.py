@@ -25,6 +25,16 @@ if TYPE_CHECKING:
 
     from ernie_align.models.load import Bundle
 
+# Keys that TRL's trainers with a reference share -> why a recipe may not set them.
+REFERENCE_STAYS = {
+    **dict.fromkeys(
+        ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+        "drop it: the reference stays the model that the run started from",
+    ),
+    # transformers reloads the best weights with strict=False, which matches 3 of 98 tensors of a VL model
+    "load_best_model_at_end": "drop it: keep the checkpoints and choose one with ernie-align eval",
+}
+
 _COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask", "media")
 
 

@@ -33,7 +33,7 @@ class SupervisedTrainer(AlignmentTrainer, SFTTrainer):
         policy = self.accelerator.unwrap_model(self.model)
         forward = fused_head_forward(model, find_backbone(policy))
         # Without the cache, gradient checkpointing recomputes and differentiates a vision tower that is not trained.
-        images = ImageFeatureCache(frozen=True).shown(policy) if self.vision_is_frozen else nullcontext()
+        images = ImageFeatureCache(frozen=True).use(policy) if self.vision_is_frozen else nullcontext()
         correct = torch.zeros(())
 
         def counting_forward(**kwargs: Any) -> Any:

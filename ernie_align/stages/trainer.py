@@ -1,4 +1,4 @@
-"""What every trainer here adds to TRL's: a monitor on each batch, checkpoints of sharded weights, evaluation means."""
+"""The base of all trainers here: checks on each batch, checkpoints of sharded weights, means over an evaluation."""
 
 from __future__ import annotations
 
@@ -213,10 +213,14 @@ class AlignmentTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, where the values of an evaluation are means over tokens or pairs, not means of batch means."""
         if "eval_loss" in logs:
-            means = self.eval_means.over_ranks()
+            means = self.pop_eval_means()
             logs["eval_loss"] = means.pop("loss", logs["eval_loss"])
             self._metrics["eval"].update({name: [value] for name, value in means.items()})
         super().log(logs, start_time)
+
+    def pop_eval_means(self) -> dict[str, float]:
+        """Return the means of the evaluation that ends, over all ranks."""
+        return self.eval_means.over_ranks()
 
     # -- sharded weights ----------------------------------------------------------------------------------------
 

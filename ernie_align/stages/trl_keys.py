@@ -1,4 +1,4 @@
-"""The keys of TRL's config classes, read from their source so that a recipe is judged without importing torch."""
+"""The keys of TRL's config classes, read from their source, so that a recipe is validated without importing torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, create_model
 
-# A config class and the classes it inherits fields from, as (package, file, class): nearest last, as in a subclass.
+# A config class and its base classes, base first, as (package, file, class).
 TRAINING_ARGUMENTS = ("transformers", "training_args.py", "TrainingArguments")
 BASE_CONFIG = ("trl", "trainer/base_config.py", "_BaseConfig")
 SFT_CONFIG = (TRAINING_ARGUMENTS, BASE_CONFIG, ("trl", "trainer/sft_config.py", "SFTConfig"))
 DPO_CONFIG = (TRAINING_ARGUMENTS, BASE_CONFIG, ("trl", "trainer/dpo_config.py", "DPOConfig"))
+KTO_CONFIG = (TRAINING_ARGUMENTS, BASE_CONFIG, ("trl", "trainer/kto_config.py", "KTOConfig"))
 GRPO_CONFIG = (TRAINING_ARGUMENTS, BASE_CONFIG, ("trl", "trainer/grpo_config.py", "GRPOConfig"))
 
 _PLAIN = {"int": int, "float": float, "bool": bool, "str": str, "dict": dict, "list": list}
@@ -23,17 +24,19 @@ _ENUM_FILES = (("transformers", "training_args.py"), ("transformers", "trainer_u
 
 
 @functools.cache
-def training_model(lineage: tuple[tuple[str, str, str], ...], owned: frozenset[str] = frozenset()) -> type[BaseModel]:
-    """A strict pydantic model with one optional field per key of a config class, except those in `owned`.
+def training_model(
+    lineage: tuple[tuple[str, str, str], ...], reserved: frozenset[str] = frozenset()
+) -> type[BaseModel]:
+    """Return a strict pydantic model with one optional field per key of a config class, except those in `reserved`.
 
     lineage: the classes whose fields make up the config, base first, each as (package, file, class name).
     """
     annotations: dict[str, ast.expr] = {}
     for package, file, name in lineage:
         annotations.update(_field_annotations(package, file, name))
-    # None because every key may be left out; it is passed on only where the user wrote null.
+    # every key may be left out; None reaches TRL only if the user wrote null
     fields: dict[str, Any] = {
-        key: (_type(annotation, or_none=True), None) for key, annotation in annotations.items() if key not in owned
+        key: (_type(annotation, or_none=True), None) for key, annotation in annotations.items() if key not in reserved
     }
     return create_model(
         lineage[-1][2], __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields
@@ -83,7 +86,7 @@ def _members(annotation: ast.expr) -> list[ast.expr]:
 
 
 def _type(annotation: ast.expr, *, or_none: bool = False) -> Any:
-    """The python type of an annotation. An enum becomes its values; what cannot be read here is left to TRL."""
+    """Return the Python type of an annotation: the values of an enum, Any if it cannot be read (TRL validates it)."""
     members = _members(annotation)
     enums = [values for member in members if isinstance(member, ast.Name) and (values := _enum_values(member.id))]
     types: list[Any] = [type(None)] if or_none else []
@@ -99,8 +102,8 @@ def _type(annotation: ast.expr, *, or_none: bool = False) -> Any:
             types.append(_subscript(member))
         else:
             return Any
-    # flat and sorted: of two unions that differ in order, typing hands out the one that it wrapped first
-    return Union[tuple(sorted(types, key=str))] if types else Any  # noqa: UP007 (built at run time)
+    # flat and sorted: typing caches unions, and returns the first of two that differ in order only
+    return Union[tuple(sorted(types, key=str))] if types else Any  # noqa: UP007 (built at runtime)
 
 
 def _subscript(member: ast.Subscript) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ernie_align.errors import ModelError
 from ernie_align.tiny.tokenizer import make_tokenizer
 
-# tiny trains in minutes on a laptop; mini has the real shape of the expert pools and vocabulary, for benchmarks.
+# tiny trains in minutes on a laptop; mini has the real number of experts and vocabulary size, for benchmarks.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 128,
@@ -16,13 +16,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "mrope_section": [6, 6, 4],  # sums to half of the head's width
+        "mrope_section": [6, 6, 4],  # sums to half of the head dimension
         "expert_widths": [96, 64],
         "experts": 8,
         "top_k": 2,
         "vision": {"depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 256},
-        "vocab_size": None,  # as many as the tokenizer has
-        "initializer_range": 0.08,  # about 1/sqrt(width): at the real model's 0.02, signals die out in so narrow a net
+        "vocab_size": None,  # the tokenizer's size
+        "initializer_range": 0.08,  # about 1/sqrt(hidden_size): the real 0.02 is too small for this width
     },
     "mini": {
         "hidden_size": 512,
@@ -44,30 +44,30 @@ Family = Literal["dense", "moe", "vl_moe"]
 
 
 def make_checkpoint(family: Family, folder: str | Path, *, preset: str = "tiny", seed: int = 0) -> Path:
-    """Write a checkpoint with tokenizer, chat template and (vl_moe) image processor. Returns its folder.
+    """Write a checkpoint with tokenizer, chat template and (vl_moe) image processor. Return its folder.
 
-    The weights are float32 and the same for the same seed. Raises ModelError if the folder holds something already.
+    The weights are float32 and determined by the seed. Raises ModelError if the folder is not empty.
     """
     import torch
 
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise ModelError.at(str(folder), "holds something already", fix="name a new folder, or remove this one")
+        raise ModelError.at(str(folder), "the folder is not empty", fix="give a new folder, or remove this one")
     sizes = PRESETS[preset]
     tokenizer = make_tokenizer("vl" if family == "vl_moe" else "text", vision=family == "vl_moe")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _model(family, sizes, tokenizer)
+        model = _build_model(family, sizes, tokenizer)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.sep_token_id]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if family == "vl_moe":
-        _save_vision_settings(folder)
-        _name_vision_weights_as_the_hub_does(folder)
+        _save_processor_configs(folder)
+        _rename_vision_weights(folder)
     return folder
 
 
-def _model(family: Family, sizes: dict[str, Any], tokenizer) -> Any:
+def _build_model(family: Family, sizes: dict[str, Any], tokenizer) -> Any:
     from transformers import (
         Ernie4_5_MoeConfig,
         Ernie4_5_MoeForCausalLM,
@@ -114,8 +114,8 @@ def _model(family: Family, sizes: dict[str, Any], tokenizer) -> Any:
     return Ernie4_5_VLMoeForConditionalGeneration(config)
 
 
-def _save_vision_settings(folder: Path) -> None:
-    """The files that transformers' own processor reads; the class defaults are the real model's."""
+def _save_processor_configs(folder: Path) -> None:
+    """Write the files that transformers' processor reads. Its class defaults are those of the real model."""
     import json
 
     from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe import Ernie4_5_VLMoeImageProcessorPil
@@ -124,7 +124,7 @@ def _save_vision_settings(folder: Path) -> None:
     settings["image_processor_type"] = "Ernie4_5_VLMoeImageProcessor"
     files = {
         "preprocessor_config.json": settings,
-        # no font travels with a tiny checkpoint, so no time stamps are drawn on video frames
+        # a tiny checkpoint contains no font, so no time stamps are drawn on video frames
         "video_preprocessor_config.json": {
             "video_processor_type": "Ernie4_5_VLMoeVideoProcessor",
             "draw_on_frames": False,
@@ -135,8 +135,8 @@ def _save_vision_settings(folder: Path) -> None:
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _name_vision_weights_as_the_hub_does(folder: Path) -> None:
-    """transformers writes `model.vision_model.*` where the published checkpoints have `vision_model.*`."""
+def _rename_vision_weights(folder: Path) -> None:
+    """Rename vision weights to the hub's names: `vision_model.*`, where transformers saves `model.vision_model.*`."""
     from safetensors.torch import load_file, save_file
 
     for shard in folder.glob("*.safetensors"):

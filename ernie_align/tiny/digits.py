@@ -1,4 +1,4 @@
-"""The handwritten-digits task: real images that ship with scikit-learn, as PNG files and JSONL rows."""
+"""The handwritten-digits task: scikit-learn's real images, as PNG files and JSONL rows."""
 
 from __future__ import annotations
 
@@ -14,30 +14,28 @@ NAME_QUESTION = "Which digit is this?"
 COMPARE_QUESTION = "Which image shows the larger digit, the first or the second?"
 PARITY_QUESTION = "Is this digit odd or even?"
 
-SIDE = 56  # pixels: the smallest image the model's processor leaves as it is
+SIDE = 56  # pixels: the smallest image that the model's processor does not resize
 SPLITS = {"train": 1347, "val": 90, "test": 360}  # of 1797 images
 
 
 def make_digits(folder: str | Path, *, seed: int = 0) -> Path:
-    """Write the task into `folder`. Returns it.
+    """Write the task into `folder` and return the folder.
 
-    train/val/test.jsonl mix naming one digit, telling which of two images shows the larger one, and sums in words
-    without an image; prompts.jsonl holds the questions of train.jsonl, for a policy to answer; parity_*.jsonl asks odd
-    or even; inverted_*.jsonl asks for names of light-on-dark digits turned dark-on-light; preferences*.jsonl hold a
-    better and a worse answer to such questions. The same images are in the same split everywhere. Sums are drawn from
-    the same hundred in all splits.
-    Raises DataError if scikit-learn is missing or the folder holds something already.
+    train/val/test.jsonl mix three kinds of rows: name the digit in an image, say which of two images shows the larger
+    digit, and sums in words without an image. prompts.jsonl has the questions of train.jsonl without answers.
+    parity_*.jsonl asks odd or even. inverted_*.jsonl asks for the name of digits with inverted colors.
+    preferences*.jsonl has a better and a worse answer to such questions. An image is in the same split in all files.
+    Sums are drawn from the same hundred in all splits.
+    Raises DataError if scikit-learn is missing or the folder is not empty.
     """
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         fix = "pip install 'ernie-align[demo]'"
-        raise DataError.at(
-            "tiny digits", "the images ship with scikit-learn, which is not installed", fix=fix
-        ) from None
+        raise DataError.at("tiny digits", "scikit-learn, which has the images, is not installed", fix=fix) from None
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise DataError.at(str(folder), "holds something already", fix="name a new folder, or remove this one")
+        raise DataError.at(str(folder), "the folder is not empty", fix="give a new folder, or remove this one")
     digits = load_digits()
     (folder / "images").mkdir(parents=True)
     for number, pixels in enumerate(digits.images):
@@ -52,8 +50,8 @@ def make_digits(folder: str | Path, *, seed: int = 0) -> Path:
     for split, size in SPLITS.items():
         numbers = order[start : start + size]
         start += size
-        named = [_row([_image(n)], NAME_QUESTION, NUMBERS[labels[n]], "name") for n in numbers]
-        mixed = [*named, *_comparisons(numbers, labels, draw, size // 3), *_sums(draw, max(size // 12, 20))]
+        names = [_row([_image(n)], NAME_QUESTION, NUMBERS[labels[n]], "name") for n in numbers]
+        mixed = [*names, *_comparisons(numbers, labels, draw, size // 3), *_sums(draw, max(size // 12, 20))]
         draw.shuffle(mixed)
         _write(folder / f"{split}.jsonl", mixed)
         if split == "train":
@@ -87,7 +85,7 @@ def _row(images: list[str], question: str, answer: str, kind: str) -> dict[str, 
 
 
 def _prompt(row: dict[str, Any]) -> dict[str, Any]:
-    """The question of a row of messages alone, in TRL's words; its answer stays a column."""
+    """Return a prompt-only row with the question of a messages row; the answer stays as a column."""
     question, _ = row["messages"]
     return {"prompt": [question], **{key: value for key, value in row.items() if key != "messages"}}
 
@@ -103,30 +101,30 @@ def _comparisons(numbers: list[int], labels: list[int], draw: random.Random, cou
 
 
 def _preferences(numbers: list[int], labels: list[int], draw: random.Random) -> list[dict[str, Any]]:
-    """The right and terse answer against a wrong one, or against a right but wordy one.
+    """Return pairs of a correct, short answer with a wrong one, or with a correct but wordy one.
 
-    What SFT has taught, a reader of upright digits prefers already: so every second row asks for an inverted one. The
-    others hold what it knows in its place.
+    A model trained by SFT on upright digits prefers correct names already, so every second row shows an inverted digit.
+    The other rows keep the model from forgetting upright ones.
     """
-    named = []
+    rows = []
     for place, number in enumerate(numbers):
         right = NUMBERS[labels[number]]
         if place % 2 == 0:
             wrong = NUMBERS[draw.choice([label for label in range(10) if label != labels[number]])]
-            named.append(_pair(_row([_image(number, inverted=True)], NAME_QUESTION, right, "wrong"), wrong))
+            rows.append(_pair(_row([_image(number, inverted=True)], NAME_QUESTION, right, "wrong"), wrong))
         else:
-            named.append(_pair(_row([_image(number)], NAME_QUESTION, right, "wordy"), f"It is the digit {right}."))
-    compared = _comparisons(numbers, labels, draw, len(numbers) // 8)
-    others = {"first": "second", "second": "first"}
+            rows.append(_pair(_row([_image(number)], NAME_QUESTION, right, "wordy"), f"It is the digit {right}."))
+    comparisons = _comparisons(numbers, labels, draw, len(numbers) // 8)
+    opposite = {"first": "second", "second": "first"}
     sums = _sums(draw, max(len(numbers) // 12, 20))
-    rows = [*named, *(_pair(row, others[row["answer"]]) for row in compared)]
+    rows += [_pair(row, opposite[row["answer"]]) for row in comparisons]
     rows += [_pair(row, draw.choice([word for word in NUMBERS if word != row["answer"]])) for row in sums]
     draw.shuffle(rows)
     return rows
 
 
 def _pair(row: dict[str, Any], rejected: str) -> dict[str, Any]:
-    """A row of messages as a preference, in TRL's words."""
+    """Turn a messages row into a preference row with TRL's columns."""
     question, chosen = row.pop("messages")
     return {"prompt": [question], "chosen": [chosen], "rejected": [{"role": "assistant", "content": rejected}], **row}
 

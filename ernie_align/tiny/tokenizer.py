@@ -1,4 +1,4 @@
-"""A small tokenizer with ERNIE 4.5's real special tokens, trained on the spot on a page of text."""
+"""A small tokenizer with ERNIE 4.5's real special tokens, trained on a page of text when it is made."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _CORPUS = (
 
 
 def make_tokenizer(template: str, *, vision: bool, vocab_size: int = 640) -> TokenizersBackend:
-    """BPE over sentencepiece-style pieces with byte fallback, as ERNIE 4.5 has it.
+    """Train a BPE tokenizer over sentencepiece-style pieces with byte fallback, like ERNIE 4.5's.
 
-    template: `text` or `vl`, the chat template beside this file; vision: with image and video tokens;
-    vocab_size: an upper bound; the page of text fills less.
+    template: `text` or `vl`, a chat template in this folder; vision: add image and video tokens; vocab_size: upper
+    bound; the page of text yields fewer tokens.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers.tokenization_utils_tokenizers import TokenizersBackend

@@ -442,7 +442,7 @@ def test_the_backbone_takes_embeddings_beside_ids_and_images_seen_already():
 
 
 def test_accelerate_still_takes_fsdp_for_ddp_without_an_accelerator():
-    """runs.launched refuses it; tests/support/multi_process.py says that there is one."""
+    """runs.distributed rejects it; tests/support/multi_process.py makes Accelerate believe in one."""
     from accelerate.state import AcceleratorState
 
     source = inspect.getsource(AcceleratorState.__init__)

@@ -1,19 +1,26 @@
-"""Several processes train as one does: whatever they see, however they share the weights, and whoever goes on."""
+"""Several ranks train as one process does: whatever they see, however they shard the weights, and whoever resumes."""
 
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from ernie_align import export
-from tests.support import multi_process as scale_cases
-from tests.support.multi_process import apart, goes_on, run_case, run_dir
+from tests.support.multi_process import (
+    Launcher,
+    make_adapter,
+    make_rows,
+    max_difference,
+    run_case,
+    run_dir,
+    sample_by_position,
+)
 from tests.support.runs import logged, stopped_after, tensors_of
 
-pytestmark = pytest.mark.xdist_group("scale")  # processes are started once, not by each worker
+pytestmark = pytest.mark.xdist_group("scale")  # the ranks are started once, not by each worker
 
 # What is left of two orders of summation in float32 after four steps, at a loss of 7.
 BOUND = 1e-5
@@ -21,9 +28,10 @@ RESUMED = ["fsdp2:sft-all", "fsdp2:lora-vision+checkpointing", "ep:sft-all", "ep
 BFLOAT16 = "fsdp2:sft-all+bfloat16"
 CONTINUED = ["fsdp2:lora-adapter+continued", "fsdp2:dpo-adapter+continued"]
 CASES = ["sft-all", "dpo-adapter", "upo-adapter", *RESUMED, "fsdp2:upo-adapter+early", *CONTINUED]
-CASES.append("fsdp2:dpo-weights")  # its reference is whole on each process, and touches nothing
+CASES.append("fsdp2:dpo-weights")  # its reference is a whole model on each rank, and needs no dummy image
 CASES += ["ep:dpo-adapter+continued", "ep:upo-adapter+early", "tp:sft-all"]
-# a frozen tower, and embeddings that checkpointing makes to require gradients: text must fetch no more than images
+# a frozen tower, and embeddings that checkpointing makes to require gradients: ranks with text only must gather the
+# same weights as ranks with images
 CASES.append("fsdp2:lora-vision_experts+checkpointing")
 STEPS = 3
 TOKENS = ("eval_loss", "eval_mean_token_accuracy")
@@ -33,54 +41,84 @@ EVALUATED = {"sft": TOKENS, "dpo": (*TOKENS, *(f"eval_{name}" for name in PAIRS)
 
 
 @pytest.fixture(scope="module")
-def folder(checkpoints, digits, tmp_path_factory):
-    """Every case on two processes, which are started once."""
+def launcher(checkpoints, digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scale")
-    scale_cases.make_rows(folder, digits)
-    scale_cases.make_adapter(folder, checkpoints["vl_moe"])
-    scale_cases.launch(folder, checkpoints["vl_moe"], 2, [*CASES, BFLOAT16], steps=STEPS)
-    return folder
+    make_rows(folder, digits)
+    with Launcher(folder, checkpoints["vl_moe"], steps=STEPS) as launcher:  # imports while the adapter is trained
+        make_adapter(folder, checkpoints["vl_moe"])
+        yield launcher
+
+
+@pytest.fixture(scope="module")
+def folder(launcher):
+    """Every case on two ranks, which are started once."""
+    launcher.launch(2, [*CASES, BFLOAT16])
+    return launcher.folder
+
+
+@pytest.fixture
+def one_process(folder, checkpoints, monkeypatch):
+    """case -> the run directory of one process, run when it is needed first. Several cases share a run."""
+    monkeypatch.setattr(torch, "multinomial", sample_by_position)
+
+    def run(case):
+        if not run_dir(case, folder, 1).exists():
+            run_case(case, folder, checkpoints["vl_moe"], STEPS)
+        return run_dir(case, folder, 1)
+
+    return run
+
+
+@pytest.fixture
+def resumed(folder, checkpoints):
+    """(case, step) -> the run directory of one process that has resumed the run of two after that step."""
+
+    def run(case, step):
+        again = run_dir(case, folder, 1, resume=True)
+        shutil.rmtree(again, ignore_errors=True)
+        stopped_after(step, run_dir(case, folder, 2), again)
+        run_case(case, folder, checkpoints["vl_moe"], STEPS, resume=True)
+        return again
+
+    return run
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_are_one(folder, checkpoints, case, monkeypatch):
-    """Images on one and text on the other, text alone on both, images alone on both."""
-    monkeypatch.setattr(torch, "multinomial", scale_cases.draw_by_place)
-    run_case(case, folder, checkpoints["vl_moe"], STEPS)
-    assert len(logged(run_dir(case, folder, 2))) == STEPS
-    one, two = run_dir(case, folder, 1), run_dir(case, folder, 2)
-    assert apart(one, two) <= BOUND
+def test_two_ranks_train_as_one_process(folder, one_process, case):
+    """Images on one and text on the other, text on both, images on both."""
+    one, two = one_process(case), run_dir(case, folder, 2)
+    assert len(logged(two)) == STEPS
+    assert max_difference(one, two) <= BOUND
     if "upo" not in case:
         # of all gradients together; Adam's own division hides their size from the losses
-        assert apart(one, two, "grad_norm") <= BOUND * max(1, *logged(one, "grad_norm"))
+        assert max_difference(one, two, "grad_norm") <= BOUND * max(1, *logged(one, "grad_norm"))
     # seven rows: the last batches are filled up with rows that were counted already
     for key in EVALUATED.get(case.removeprefix("fsdp2:").partition("-")[0], ()):
-        assert apart(one, two, key) <= BOUND * max(1, *map(abs, logged(one, key)))
+        assert max_difference(one, two, key) <= BOUND * max(1, *map(abs, logged(one, key)))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("ep:") and "sft" not in case])
-def test_adapters_on_dealt_out_experts_are_spread(folder, case):
-    """Each process holds half of the rows of every adapter weight, of its gradient and of both its moments: FSDP2 cuts
-    by rows, and the first of two has the odd one."""
-    held = [json.loads((run_dir(case, folder, 2) / f"held-{rank}.json").read_text()) for rank in range(2)]
-    assert held[0]["whole"] == held[1]["whole"]
-    for rank, process in enumerate(held):
-        half = [(rows + 1 - rank) // 2 * columns for rows, columns in process["whole"]]
-        assert process["weights"] == half
+def test_adapters_of_sharded_experts_are_sharded(folder, case):
+    """Each rank holds half of the rows of every adapter weight, of its gradient and of both its moments: FSDP2 shards
+    by rows, and the first of two ranks has the odd one."""
+    ranks = [json.loads((run_dir(case, folder, 2) / f"shards-{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0]["shapes"] == ranks[1]["shapes"]
+    for rank, held in enumerate(ranks):
+        half = [(rows + 1 - rank) // 2 * columns for rows, columns in held["shapes"]]
+        assert held["weights"] == half
         # a step without an image leaves vision parts without a gradient
-        assert all(found in (0, own) for found, own in zip(process["gradients"], half, strict=True))
-        assert any(process["gradients"]) and process["moments"] == 2 * sum(half)
+        assert all(elements in (0, expected) for elements, expected in zip(held["gradients"], half, strict=True))
+        assert any(held["gradients"]) and held["moments"] == 2 * sum(half)
 
 
-def test_bfloat16_weights_are_trained_as_float32_copies(folder, checkpoints):
-    """One process does the same with float32 weights under autocast. Routers are float32 anyhow."""
-    run_case(BFLOAT16, folder, checkpoints["vl_moe"], STEPS)
-    one, two = run_dir(BFLOAT16, folder, 1), run_dir(BFLOAT16, folder, 2)
+def test_bfloat16_weights_are_trained_as_float32_copies(folder, one_process):
+    """One process does the same with float32 weights under autocast. Routers are float32 anyway."""
+    one, two = one_process(BFLOAT16), run_dir(BFLOAT16, folder, 2)
     first = [logged(run)[0] for run in (one, two)]
     assert abs(first[0] - first[1]) <= 2**-5  # the spacing of bfloat16 where the loss is: between 4 and 8
-    assert apart(one, two) <= 0.1  # then tokens turn to other experts by rounding; in ten steps it was 9e-2 at most
-    kept = FileSystemReader(two / f"checkpoint-{STEPS}" / "sharded").read_metadata().state_dict_metadata
-    assert all(kept[name].properties.dtype == torch.float32 for name in kept if name.startswith("weights."))
+    assert max_difference(one, two) <= 0.1  # then rounding routes tokens to other experts; 9e-2 at most in ten steps
+    saved = FileSystemReader(two / f"checkpoint-{STEPS}" / "sharded").read_metadata().state_dict_metadata
+    assert all(saved[name].properties.dtype == torch.float32 for name in saved if name.startswith("weights."))
     for name, weight in tensors_of(two / "final").items():
         assert weight.dtype == (torch.float32 if ".gate." in name or "moe_statics" in name else torch.bfloat16), name
 
@@ -93,43 +131,38 @@ def header(folder):
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_one_process_goes_on_where_two_stopped(folder, checkpoints, case):
-    """From a checkpoint of sharded weights and moments. What both write differs by rounding of the training alone."""
-    again = goes_on(case, folder, checkpoints["vl_moe"], STEPS, after=2, processes=1)
-    assert apart(run_dir(case, folder, 2), again) <= BOUND
+def test_one_process_resumes_the_run_of_two(folder, resumed, case):
+    """From a checkpoint of sharded weights and moments. The final weights differ only by rounding in training."""
+    again = resumed(case, 2)
+    assert max_difference(run_dir(case, folder, 2), again) <= BOUND
     assert header(again / "final") == header(run_dir(case, folder, 2) / "final")
     assert (again / "final" / "config.json").exists() != (":lora" in case)
 
 
-def test_four_processes_go_on_where_others_stopped(folder, checkpoints):
-    """Two, of shards, and one: dealt-out experts are elsewhere in its optimizer, and a group of their own in that of
-    four; its adapter and moments are whole, and four take their part."""
-    sharded, dealt_out, adapter = "fsdp2:sft-all", "ep:sft-all", "ep:lora-vision+checkpointing"
-    for case, begun in ((sharded, 2), (dealt_out, 1), (adapter, 1)):
-        if not run_dir(case, folder, begun).exists():
-            run_case(case, folder, checkpoints["vl_moe"], STEPS)
-        stopped_after(2, run_dir(case, folder, begun), run_dir(case, folder, 4, resume=True))
-    replicated = "hsdp:sft-all"  # over two machines of two
-    stopped_after(2, run_dir(sharded, folder, 2), run_dir(replicated, folder, 4, resume=True))
-    cases = [sharded, dealt_out, adapter, replicated]
-    scale_cases.launch(folder, checkpoints["vl_moe"], 4, cases, steps=STEPS, resume=True)
-    for case in cases:
-        same = sharded if case == replicated else case
-        assert apart(run_dir(same, folder, 2), run_dir(case, folder, 4, resume=True)) <= BOUND
+def test_four_ranks_resume_the_runs_of_others(folder, launcher, one_process):
+    """Of two, from shards, and of one: its experts are elsewhere in its optimizer, and form a group of their own on
+    four ranks; its adapter and moments are whole, and each of four ranks takes its shard."""
+    sharded, expert_parallel, adapter = "fsdp2:sft-all", "ep:sft-all", "ep:lora-vision+checkpointing"
+    replicated = "hsdp:sft-all"  # over two machines with two ranks each
+    started = {
+        sharded: run_dir(sharded, folder, 2),
+        expert_parallel: one_process(expert_parallel),
+        adapter: one_process(adapter),
+        replicated: run_dir(sharded, folder, 2),
+    }
+    for case, run in started.items():
+        stopped_after(2, run, run_dir(case, folder, 4, resume=True))
+    launcher.launch(4, list(started), resume=True)
+    for case in started:
+        of_two = run_dir(sharded if case == replicated else case, folder, 2)
+        assert max_difference(of_two, run_dir(case, folder, 4, resume=True)) <= BOUND
 
 
 @pytest.mark.parametrize("case", [*RESUMED, *CONTINUED])
-def test_two_processes_write_what_one_writes(folder, checkpoints, case, tmp_path):
-    """Gone on with after its last step, one process reads the shards, has nothing left to train, and writes."""
-    one = goes_on(case, folder, checkpoints["vl_moe"], STEPS, after=STEPS, processes=1) / "final"
-    two = run_dir(case, folder, 2) / "final"
-    assert bytes_of(one) == bytes_of(two)
-    if case.endswith(":lora-vision+checkpointing"):
-        merged = [export(final, to=tmp_path / name).folder for final, name in ((one, "one"), (two, "two"))]
-        weights = [bytes_of(folder, ".safetensors") for folder in merged]
-        assert weights[0] and weights[0] == weights[1]
-
-
-def bytes_of(folder, ending=""):
-    """Every file, by name."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.endswith(ending)}
+def test_two_ranks_write_the_files_of_one_process(folder, resumed, case):
+    """Resumed after its last step, one process reads the shards, has nothing left to train, and writes."""
+    one, two = (
+        {path.name: path.read_bytes() for path in (run / "final").iterdir()}
+        for run in (resumed(case, STEPS), run_dir(case, folder, 2))
+    )
+    assert one == two

@@ -1,4 +1,4 @@
-"""An adapter sits on its scope and nowhere else, on every family, and is PEFT's own."""
+"""An adapter covers exactly its scope, in every family, and is saved in PEFT's own format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ernie_align.models.adapters import adapted_tensors, attach_adapter, unfreez
 from ernie_align.models.load import load_model
 from ernie_align.models.trainable_parts import Target, adapter_targets, parameter_summary
 from ernie_align.recipe import ADAPTABLE, AdapterBlock, PartAdapter, TuneBlock
-from tests.support.runs import FAMILIES, stir
+from tests.support.runs import FAMILIES, relative_difference, stir
 
 EVERY_PART = [(family, part) for family in FAMILIES for part in ADAPTABLE]
 
@@ -20,7 +20,7 @@ def load(checkpoints, family):
 
 
 def parts_of(checkpoints, family):
-    return [part for part in ADAPTABLE if part in load(checkpoints, family).architecture.parts]
+    return [part for part in ADAPTABLE if part in load(checkpoints, family).architecture.by_part]
 
 
 def logits(model, ids):
@@ -36,12 +36,12 @@ def ids_with_an_image(bundle):
 @pytest.mark.parametrize(("family", "part"), EVERY_PART)
 def test_each_part_alone_is_adapted_exactly(checkpoints, family, part):
     bundle = load(checkpoints, family)
-    if part not in bundle.architecture.parts:
-        with pytest.raises(ModelError, match=f"{part} is no part of this model"):
+    if part not in bundle.architecture.by_part:
+        with pytest.raises(ModelError, match=rf"this model \({family}\) has no {part}"):
             attach_adapter(bundle, AdapterBlock(scopes=[part]))
         return
     targets = attach_adapter(bundle, AdapterBlock(scopes=[part], rank=4, alpha=8))
-    expected = {t.name for t in bundle.architecture.of(part) if t.kind in ("linear", "fused", "router")}
+    expected = {t.name for t in bundle.architecture.by_part.get(part, []) if t.kind in ("linear", "fused", "router")}
     assert {target.tensor.name for target in targets} == expected == set(adapted_tensors(bundle.model))
     trained = sum(p.numel() for p in bundle.model.parameters() if p.requires_grad)
     assert trained == parameter_summary(bundle.architecture, targets).trainable
@@ -55,7 +55,7 @@ def test_gradients_reach_the_scope_and_nothing_else(checkpoints, family):
     touched = {name for name, p in bundle.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     lora = {name for name, _ in bundle.model.named_parameters() if ".lora_" in name}
     vision = {n for n in lora if any(word in n for word in ("vision_moe", "vision_tower", "resampler"))}
-    assert touched == lora - vision  # a text batch: vision parts are not on its way
+    assert touched == lora - vision  # text does not pass through vision parts
 
 
 def test_layers_ranks_and_alphas_per_part(checkpoints):
@@ -66,12 +66,12 @@ def test_layers_ranks_and_alphas_per_part(checkpoints):
         "text_router": PartAdapter(rank=3),
     }
     attach_adapter(bundle, AdapterBlock(scopes=scopes, rank=8, alpha=16, layers="2-3"))
-    found = adapted_tensors(bundle.model)
+    settings = adapted_tensors(bundle.model)
     layer = "model.language_model.layers.{}."
-    assert found[layer.format(2) + "self_attn.q_proj.weight"] == (2, 4.0)
-    assert found[layer.format(3) + "mlp.vision_moe.experts.down_proj"] == (8, 16.0)
-    assert found[layer.format(2) + "mlp.text_moe.gate.weight"] == (3, 16.0)
-    assert len(found) == 2 * 4 + 2 + 2
+    assert settings[layer.format(2) + "self_attn.q_proj.weight"] == (2, 4.0)
+    assert settings[layer.format(3) + "mlp.vision_moe.experts.down_proj"] == (8, 16.0)
+    assert settings[layer.format(2) + "mlp.text_moe.gate.weight"] == (3, 16.0)
+    assert len(settings) == 2 * 4 + 2 + 2
 
 
 def test_a_fresh_adapter_changes_nothing_and_off_is_the_base(checkpoints, family):
@@ -113,12 +113,12 @@ def test_an_adapter_saves_and_loads_in_plain_peft_with_equal_logits(checkpoints,
     if family == "dense":
         assert torch.equal(logits(plain, ids), ours)
     # W + BA summed in float32 before x is multiplied, instead of x·W + x·A·B (in plain PEFT for experts, merged for all
-    # weights): the same number up to rounding, at logits of about 1
-    assert torch.allclose(logits(plain, ids), ours, atol=1e-5)
-    assert torch.allclose(logits(plain.merge_and_unload(), ids), ours, atol=1e-5)
+    # weights): the same numbers up to some tens of float32 roundings, each relative to the largest logit
+    assert relative_difference(logits(plain, ids), ours) <= 1e-5
+    assert relative_difference(logits(plain.merge_and_unload(), ids), ours) <= 1e-5
 
 
-def test_an_adapter_can_be_continued_but_not_under_another_scope(checkpoints, tmp_path):
+def test_an_adapter_can_be_continued_only_with_its_own_scope(checkpoints, tmp_path):
     bundle = load(checkpoints, "vl_moe")
     block = AdapterBlock(scopes=["attention", "vision_experts"], rank=4, alpha=8)
     attach_adapter(bundle, block)
@@ -134,21 +134,21 @@ def test_an_adapter_can_be_continued_but_not_under_another_scope(checkpoints, tm
     assert any(parameter.requires_grad for parameter in again.model.parameters())
     for wrong in ({"scopes": ["attention"]}, {"rank": 8}, {"alpha": 16.0}):
         other = load(checkpoints, "vl_moe")
-        with pytest.raises(ModelError, match="differ from the scope"):
+        with pytest.raises(ModelError, match="the adapter differs from the recipe in"):
             attach_adapter(other, block.model_copy(update={"path": str(tmp_path), **wrong}))
-    with pytest.raises(ModelError, match="holds no adapter"):
+    with pytest.raises(ModelError, match="has no adapter"):
         attach_adapter(load(checkpoints, "vl_moe"), block.model_copy(update={"path": str(tmp_path / "none")}))
 
 
-def test_the_proof_notices_what_peft_would_pass_over(checkpoints):
-    """A target that PEFT never found, and a base weight that is trained all the same."""
+def test_validation_finds_what_peft_accepts(checkpoints):
+    """A target without an adapter, and a base weight that is trained."""
     bundle = load(checkpoints, "vl_moe")
     targets = attach_adapter(bundle, AdapterBlock(scopes=["attention"], rank=4))
-    missing = bundle.architecture.of("text_experts")[0]
-    with pytest.raises(ModelError, match="should be of rank 4 and alpha 32, is left alone"):
+    missing = bundle.architecture.by_part["text_experts"][0]
+    with pytest.raises(ModelError, match="the recipe has rank 4 and alpha 32, the adapter no LoRA"):
         validate_adapter(bundle.model, [*targets, Target(missing, 4, 32.0)], where="here")
     next(p for n, p in bundle.model.named_parameters() if "norm" in n).requires_grad_(True)
-    with pytest.raises(ModelError, match="is trained, against the scope"):
+    with pytest.raises(ModelError, match="is trained but not in the adapter"):
         validate_adapter(bundle.model, targets, where="here")
 
 
@@ -159,7 +159,7 @@ def test_dropout_reaches_linear_layers_only(checkpoints):
     stir(bundle.model)
     ids = ids_with_an_image(bundle)
     assert not torch.equal(logits(bundle.model, ids), logits(bundle.model, ids))
-    with pytest.raises(ModelError, match="bare parameters, where LoRA has no dropout"):
+    with pytest.raises(ModelError, match="bare parameters, where PEFT has no dropout"):
         attach_adapter(load(checkpoints, "moe"), AdapterBlock(scopes=["shared_experts"], dropout=0.1))
 
 
@@ -174,7 +174,7 @@ def test_tuning_unfreezes_the_scope_and_nothing_else(checkpoints, family):
 
 
 def test_targets_are_named_in_full(checkpoints):
-    """So that nothing depends on how PEFT matches suffixes, and no layer can slip in."""
+    """Full names do not depend on how PEFT matches suffixes."""
     bundle = load(checkpoints, "vl_moe")
     targets = adapter_targets(bundle.architecture, AdapterBlock(scopes=["text_experts"], layers="2"))
     assert [target.tensor.name for target in targets] == [

@@ -1,4 +1,4 @@
-"""What a user types at eval, generate --chat and --harness, and what comes back."""
+"""The commands eval, generate --chat and eval --harness as a user types them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def test_a_missed_requirement_is_exit_code_4(checkpoints, text_rows, tmp_path):
     missed = invoke("eval", checkpoints["dense"], *flags, "--require", "exact_match>=0.9")
     assert missed.exit_code == 4 and "MISSED" in missed.output and (tmp_path / "out" / "report.json").exists()
     met = invoke("eval", checkpoints["dense"], *flags, "--require", "exact_match>=0")
-    assert met.exit_code == 0 and "every one was there already" in met.output
+    assert met.exit_code == 0 and "all were cached" in met.output
 
 
-def test_one_of_plan_data_and_harness(checkpoints):
+def test_exactly_one_of_config_data_and_harness(checkpoints):
     assert invoke("eval", checkpoints["dense"]).exit_code == 2
     assert invoke("generate", checkpoints["dense"]).exit_code == 2
 
@@ -43,37 +43,36 @@ def bundle(checkpoints):
 
 def test_a_conversation_keeps_its_history_and_images(bundle, digits):
     chat = Chat(bundle, system="Be brief.", sampling=Sampling(max_new_tokens=3))
-    said = []
     lines = f"/image {digits / 'images' / '0003.png'}\nWhich digit is this?\n\nAnd twice that?\n"
     out = io.StringIO()
     chat.loop(io.StringIO(lines), out)
-    said = [turn["role"] for turn in chat.messages]
-    assert said == ["system", "user", "assistant", "user", "assistant"]
-    assert chat.messages[1]["content"][0] == {"type": "image"} and len(chat.images) == 1 and not chat.waiting
+    roles = [turn["role"] for turn in chat.messages]
+    assert roles == ["system", "user", "assistant", "user", "assistant"]
+    assert chat.messages[1]["content"][0] == {"type": "image"} and len(chat.images) == 1 and not chat.pending
     assert chat.messages[3]["content"] == [{"type": "text", "text": "And twice that?"}]
-    assert "1 waiting" in out.getvalue()
+    assert "next message: 1" in out.getvalue()
 
 
-def test_what_streams_is_what_was_said(bundle):
+def test_the_streamed_text_is_the_answer(bundle):
     pieces = []
     chat = Chat(bundle, sampling=Sampling(max_new_tokens=6))
-    said = chat.ask("What is two plus three?", write=pieces.append)
-    assert "".join(pieces).strip() == said.strip() and len(pieces) > 1
+    answer = chat.ask("What is two plus three?", write=pieces.append)
+    assert "".join(pieces).strip() == answer.strip() and len(pieces) > 1
     again = Chat(bundle, sampling=Sampling(max_new_tokens=6))
-    assert again.ask("What is two plus three?") == said
+    assert again.ask("What is two plus three?") == answer
 
 
-def test_commands_and_mistakes_do_not_end_it(bundle, checkpoints, tmp_path):
+def test_mistakes_do_not_end_the_conversation(bundle, checkpoints, tmp_path):
     chat = Chat(bundle, sampling=Sampling(max_new_tokens=2))
     out = io.StringIO()
     chat.loop(
         io.StringIO(f"/image {tmp_path}/none.png\n/thinking on\n/thinking maybe\nHi\n/reset\n/quit\nnever\n"), out
     )
-    told = out.getvalue()
-    assert "no such image" in told and "thinking is on" in told and "/thinking maybe: not understood" in told
-    assert chat.thinking and chat.messages == [] and "forgotten" in told
+    output = out.getvalue()
+    assert "no such image" in output and "thinking is on" in output and "unknown command: /thinking maybe" in output
+    assert chat.thinking and chat.messages == [] and "conversation cleared" in output
     text_only = Chat(load_model(str(checkpoints["dense"])), sampling=Sampling(max_new_tokens=2))
-    with pytest.raises(DataError, match="without vision"):
+    with pytest.raises(DataError, match="has no vision"):
         text_only.attach(tmp_path / "a.png")
 
 
@@ -82,12 +81,14 @@ def test_a_conversation_through_a_pipe(checkpoints):
     done = subprocess.run(
         [*command, "--max-new-tokens", "2"], input="Hello\n/reset\n", capture_output=True, text=True, check=True
     )
-    assert done.stdout.endswith("forgotten\n") and done.stderr == ""
+    assert done.stdout.endswith("conversation cleared\n") and done.stderr == ""
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is absent: pip install '.[bench]'")
+@pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install '.[bench]'"
+)
 def test_a_local_task_of_lm_eval(checkpoints, tmp_path, monkeypatch):
-    """Multiple choice by likelihood: lm-eval's accuracy is that of the model's own log-probabilities."""
+    """Multiple choice by likelihood: lm-eval's accuracy equals the accuracy by the model's log-probabilities."""
     import torch
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -1,4 +1,4 @@
-"""Plans are judged whole and map the layouts of benchmarks; a stopped evaluation goes on; checkpoints are compared."""
+"""Evaluation configs report every error; benchmark layouts are mapped; evaluations resume; checkpoints are compared."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import pytest
 
 from ernie_align.errors import DataError, RecipeError, RunError
 from ernie_align.evaluation import evaluate, load_eval_config
+from ernie_align.evaluation.evaluate import choose_baselines
 from ernie_align.evaluation.questions import load_questions
 from ernie_align.recipe.evaluation import ColumnsBlock, DataSetBlock
 from tests.support.runs import ROOT, beside, write_rows
 
 
 def faults_of(tmp_path, text):
-    path = tmp_path / "plan.yaml"
+    path = tmp_path / "config.yaml"
     path.write_text(text)
     with pytest.raises(RecipeError) as caught:
         load_eval_config(path)
-    return [(fault.where.replace(str(path), "plan.yaml"), fault.what, fault.fix) for fault in caught.value.faults]
+    return [(fault.where.replace(str(path), "config.yaml"), fault.what, fault.fix) for fault in caught.value.faults]
 
 
-def test_every_fault_of_a_plan_at_once_with_its_place(tmp_path):
+def test_every_error_of_a_config_at_once_with_its_place(tmp_path):
     text = """data:
   - {path: a.jsonl, limitt: 3}
 metrics:
@@ -34,32 +35,35 @@ metrics:
 generation: {samples: 3}
 """
     faults = {where: (what, fix) for where, what, fix in faults_of(tmp_path, text)}
-    assert faults["plan.yaml:2:21  data[0].limitt"] == ("unknown key", "did you mean limit?")
-    assert faults["plan.yaml:4:12  metrics[0].name"] == ("'exact_mach' is no metric", "did you mean exact_match?")
-    assert faults["plan.yaml:5:29  metrics[1].threshold"][0] == "'high' where a number is wanted"
-    assert faults["plan.yaml:6:41  metrics[2].verifier"][0] == "perplexity verifies nothing"
-    assert "3 greedy samples are 3 times the same one" in faults["plan.yaml:7:23  generation.samples"][0]
+    assert faults["config.yaml:2:21  data[0].limitt"] == ("unknown key", "did you mean limit?")
+    assert faults["config.yaml:4:12  metrics[0].name"] == ("unknown metric 'exact_mach'", "did you mean exact_match?")
+    assert faults["config.yaml:5:29  metrics[1].threshold"][0] == "expected a number, got 'high'"
+    assert faults["config.yaml:6:41  metrics[2].verifier"][0] == "perplexity is not a verifier"
+    assert "3 greedy samples of a row are identical" in faults["config.yaml:7:23  generation.samples"][0]
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
-        ({"data": [{"path": "x/a.jsonl"}, {"path": "y/a.jsonl"}]}, "the name 'a.jsonl' stands twice"),
-        ({"metrics": [{"name": "pass_at_k", "k": [4], "verifier": {"name": "exact_match"}}]}, "k 4 and 1 samples"),
-        ({"data": [{"path": "a.jsonl", "instruction": "Answer."}]}, "an instruction without columns"),
+        ({"data": [{"path": "x/a.jsonl"}, {"path": "y/a.jsonl"}]}, "the name 'a.jsonl' is used twice"),
+        (
+            {"metrics": [{"name": "pass_at_k", "k": [4], "verifier": {"name": "exact_match"}}]},
+            "at least 4 samples per row",
+        ),
+        ({"data": [{"path": "a.jsonl", "instruction": "Answer."}]}, "instruction is given without columns"),
     ],
 )
-def test_what_does_not_fit_together(changed, told):
-    with pytest.raises(RecipeError, match=told):
+def test_keys_that_contradict_each_other(changed, message):
+    with pytest.raises(RecipeError, match=message):
         load_eval_config({"data": [{"path": "a.jsonl"}], "metrics": [{"name": "exact_match"}], **changed})
 
 
-def test_two_measures_of_one_name(checkpoints, text_rows):
-    with pytest.raises(RecipeError, match="two measures are called exact_match"):
+def test_two_metrics_of_one_name(checkpoints, text_rows):
+    with pytest.raises(RecipeError, match="several metrics have the name exact_match"):
         evaluate(checkpoints["dense"], text_rows, metrics=["exact_match", "exact_match"])
 
 
-def test_the_plans_that_come_along_are_sound():
+def test_the_shipped_configs_are_valid():
     for path in (ROOT / "recipes" / "eval").glob("*.yaml"):
         assert load_eval_config(path).data
 
@@ -69,7 +73,7 @@ def test_the_plans_that_come_along_are_sound():
 
 def asked(block):
     (question,) = load_questions(block)
-    return question, question.asked.messages[0]["content"]
+    return question, question.prompt.messages[0]["content"]
 
 
 def test_options_in_columns_and_an_image_in_base64(digits, tmp_path):
@@ -95,19 +99,19 @@ def test_options_as_a_list_and_several_answers(digits):
     columns = ColumnsBlock(question="query", options="choices", answer="label", image="picture")
     question, parts = asked(DataSetBlock(path=str(path), columns=columns))
     assert parts[1]["text"] == "Which?\nA. red\nB. blue" and question.columns["answer"] == ["blue", "navy"]
-    assert question.answered.messages[-1]["content"] == "blue"
+    assert question.with_answer.messages[-1]["content"] == "blue"
     with pytest.raises(DataError, match="no column question"):
         asked(DataSetBlock(path=str(path), columns=ColumnsBlock(question="question")))
 
 
-def test_an_image_stands_where_the_text_says(digits):
+def test_an_image_is_placed_at_its_mark(digits):
     path = write_rows(digits / "marked.jsonl", [{"q": "See <image> here.", "image": ["images/0004.png"]}])
     _, parts = asked(DataSetBlock(path=str(path), columns=ColumnsBlock(question="q", image="image")))
     assert [part["type"] for part in parts] == ["text", "image", "text"]
 
 
-def test_rewards_are_measures(checkpoints, tmp_path):
-    """Rewards of a recipe, a file of the user's among them, by their names; each over the rows that it applies to."""
+def test_rewards_are_metrics(checkpoints, tmp_path):
+    """Rewards by name, including a function in the user's file; each over the rows that it applies to."""
     code = tmp_path / "mine.py"
     code.write_text("def short(prompts, completions, goal, **kwargs):\n    return [float(one) for one in goal]\n")
     rows = [
@@ -118,15 +122,15 @@ def test_rewards_are_measures(checkpoints, tmp_path):
     metrics += [{"name": "length", "unit": "tokens", "max": 3}, {"name": "anls"}]
     plan = {"data": [{"path": str(write_rows(tmp_path / "rows.jsonl", rows))}], "metrics": metrics}
     found = {
-        figure.measure: figure
-        for figure in evaluate(checkpoints["dense"], plan=plan | {"generation": {"max_new_tokens": 3}}).figures
+        figure.metric: figure
+        for figure in evaluate(checkpoints["dense"], config=plan | {"generation": {"max_new_tokens": 3}}).figures
     }
     assert list(found) == ["short", "iou", "contains", "length", "anls"]
     assert (found["short"].value, found["short"].n) == (0.5, 2) and found["iou"].n == 1
     assert found["length"].value == 1.0
 
 
-# -- stopped, and gone on with ----------------------------------------------------------------------------------------
+# -- interrupted and resumed ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -146,8 +150,8 @@ class Stopped(Exception):
     pass
 
 
-def test_a_stopped_evaluation_goes_on_from_the_rows_done(checkpoints, plan, tmp_path):
-    """Stopped in the middle, its last line torn: nothing looks whole, and the rerun ends with the same report."""
+def test_an_interrupted_evaluation_resumes(checkpoints, plan, tmp_path):
+    """Interrupted in the middle of a line: no report exists, and the rerun ends with the same report."""
 
     def stop(name, done, total):
         if done >= 8:
@@ -155,38 +159,40 @@ def test_a_stopped_evaluation_goes_on_from_the_rows_done(checkpoints, plan, tmp_
 
     out, model = tmp_path / "out", checkpoints["vl_moe"]
     with pytest.raises(Stopped):
-        evaluate(model, plan=plan, out=out, tick=stop)
+        evaluate(model, config=plan, out=out, tick=stop)
     assert not (out / "report.json").exists() and not (out / "scores.jsonl").exists()
     lines = out / "vl_moe" / "rows.jsonl"
     kept = lines.read_text()
-    lines.write_text(kept[:-9])  # the crash came in mid-write
-    resumed = evaluate(model, plan=plan, out=out)
-    whole = evaluate(model, plan=plan, out=tmp_path / "whole")
-    assert 0 < resumed.results[0].asked < whole.results[0].asked == 30  # 10 rows: two samples and a perplexity each
+    lines.write_text(kept[:-9])  # the crash came in the middle of a write
+    resumed = evaluate(model, config=plan, out=out)
+    whole = evaluate(model, config=plan, out=tmp_path / "whole")
+    assert (
+        0 < resumed.results[0].new_responses < whole.results[0].new_responses == 30
+    )  # 10 rows: two samples and a perplexity each
     assert sorted(lines.read_text().splitlines()) == sorted(
         (tmp_path / "whole" / "vl_moe" / "rows.jsonl").read_text().splitlines()
     )
     assert resumed.rows == whole.rows and resumed.figures == whole.figures
-    again = evaluate(model, plan=plan, out=out)
-    assert again.results[0].asked == 0 and again.figures == whole.figures
+    again = evaluate(model, config=plan, out=out)
+    assert again.results[0].new_responses == 0 and again.figures == whole.figures
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_other_metrics_ask_nothing_anew_and_other_rows_are_refused(checkpoints, plan, tmp_path):
+def test_other_metrics_use_the_cache_and_other_rows_are_refused(checkpoints, plan, tmp_path):
     out, model = tmp_path / "out", checkpoints["vl_moe"]
-    evaluate(model, plan=plan, out=out)
+    evaluate(model, config=plan, out=out)
     other = plan | {"metrics": [{"name": "contains", "column": "answer"}, {"name": "perplexity"}]}
-    assert evaluate(model, plan=other, out=out).results[0].asked == 0
-    with pytest.raises(RunError, match="drawn in another way"):
-        evaluate(model, plan=plan | {"generation": {"max_new_tokens": 4}}, out=out)
+    assert evaluate(model, config=other, out=out).results[0].new_responses == 0
+    with pytest.raises(RunError, match="other generation settings"):
+        evaluate(model, config=plan | {"generation": {"max_new_tokens": 4}}, out=out)
     changed = shutil.copytree(model, tmp_path / "other" / "vl_moe")
     nudge(changed, "norm")
-    with pytest.raises(RunError, match="holds answers of another checkpoint"):
-        evaluate(changed, plan=plan, out=out)
+    with pytest.raises(RunError, match="contains responses of another checkpoint"):
+        evaluate(changed, config=plan, out=out)
 
 
 def nudge(folder, part, by=1.5):
-    """Scale the weights whose names hold `part`."""
+    """Scale the weights whose names contain `part`."""
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
@@ -204,7 +210,7 @@ def nudge(folder, part, by=1.5):
 
 @pytest.fixture(scope="module")
 def compared(checkpoints, digits, tmp_path_factory):
-    """A model; the same with another resampler, which text never touches; and with other text embeddings."""
+    """Evaluate a model, the same with another resampler, which text does not pass, and with other attention values."""
     folder = tmp_path_factory.mktemp("compared")
     names = [str(checkpoints["vl_moe"])]
     for name, part in (("resampler", "resampler_model"), ("attention", "self_attn.v_proj")):
@@ -219,10 +225,10 @@ def compared(checkpoints, digits, tmp_path_factory):
         "retention": {"tokens": 200, "routed_rows": 4},
         "require": ["text_retention>=1", "perplexity<1e9", "exact_match>=2", "text_kl<=0"],
     }
-    return evaluate(names, plan=plan, out=folder / "out"), folder / "out"
+    return evaluate(names, config=plan, out=folder / "out"), folder / "out"
 
 
-def test_text_is_kept_where_nothing_it_touches_changed(compared):
+def test_text_is_unchanged_if_no_weight_it_passes_changed(compared):
     first, resampler, attention = compared[0].report["checkpoints"]
     assert first["text"] is None
     assert resampler["text"]["bit_identical"] and (resampler["text"]["agreement"], resampler["text"]["kl"]) == (1, 0)
@@ -230,12 +236,12 @@ def test_text_is_kept_where_nothing_it_touches_changed(compared):
     assert attention["text"]["tokens"] == 200 and 0 <= attention["text"]["agreement"] < 1
 
 
-def test_the_divergence_is_torchs_own(checkpoints, compared):
-    """KL(first || other), token by token, from both models' logits on the page of text that comes along."""
+def test_kl_equals_torchs(checkpoints, compared):
+    """KL(baseline || other), token by token, from both models' logits on the shipped page of text."""
     import torch
 
+    from ernie_align.data.render import renderer_of
     from ernie_align.evaluation.drift import load_held_out_text
-    from ernie_align.evaluation.generate import renderer_of
     from ernie_align.models.load import load_model
     from ernie_align.recipe.evaluation import RetentionBlock
 
@@ -268,7 +274,7 @@ def test_routing_is_counted_layer_by_layer(compared):
     assert text_before_images[0]["flipped"] > 0
 
 
-def test_differences_are_those_of_the_rows(compared):
+def test_differences_follow_from_the_rows(compared):
     evaluation, out = compared
     rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     assert len(rows) == 12
@@ -287,7 +293,45 @@ def test_differences_are_those_of_the_rows(compared):
     assert changes and all(abs(change["gain"]) > 0 for change in changes)
 
 
-def test_requirements_are_of_all_but_the_first(compared):
+def write_checkpoint(folder, base=None):
+    """The files that tell a model from an adapter of `base`."""
+    folder.mkdir()
+    name, content = ("config.json", {}) if base is None else ("adapter_config.json", {"base_model_name_or_path": base})
+    (folder / name).write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_an_adapter_is_compared_with_its_own_base(tmp_path, monkeypatch):
+    """An adapter with its base if that is listed, everything else with the first; or all with a named one."""
+    monkeypatch.chdir(tmp_path)
+    names = {"init": write_checkpoint(tmp_path / "init"), "sft": write_checkpoint(tmp_path / "sft")}
+    names["lora"] = write_checkpoint(tmp_path / "lora", base="sft")  # relative, as PEFT writes what a recipe names
+    names["other"] = write_checkpoint(tmp_path / "other", base=str(tmp_path / "unlisted"))
+    assert choose_baselines(names) == {"init": None, "sft": "init", "lora": "sft", "other": "init"}
+    adapter_first = dict(reversed(names.items()))
+    assert choose_baselines(adapter_first) == {"other": None, "lora": "sft", "sft": "other", "init": "other"}
+    assert choose_baselines({"lora": names["lora"], "sft": names["sft"]}) == {"lora": "sft", "sft": None}
+    assert choose_baselines(names, "other") == {"init": "other", "sft": "other", "lora": "other", "other": None}
+    assert choose_baselines({"sft": names["sft"]}) == {"sft": None}
+
+
+def test_a_named_baseline_is_what_all_others_are_compared_with(checkpoints, compared, plan):
+    """Named by its short name, and a folder that is not listed, which then comes first."""
+    folders = [one["checkpoint"] for one in compared[0].report["checkpoints"]]
+    few = plan | {"metrics": [{"name": "perplexity"}], "generation": {}, "retention": {"tokens": 20, "routed_rows": 1}}
+    listed = evaluate(folders[1:], config=few, baseline="attention").report
+    assert [one["baseline"] for one in listed["checkpoints"]] == ["attention", None]
+    assert [one["name"] for one in listed["checkpoints"]] == ["resampler", "attention"]
+    assert listed["checkpoints"][0]["text"]["agreement"] < 1 and listed["checkpoints"][1]["text"] is None
+    added = evaluate(folders[1], config=few, baseline=folders[0]).report
+    assert [(one["name"], one["baseline"]) for one in added["checkpoints"]] == [
+        ("vl_moe", None), ("resampler", "vl_moe"),
+    ]  # fmt: skip
+    assert {one["checkpoint"] for one in added["differences"]} == {"resampler"}
+    assert added["checkpoints"][1]["text"]["bit_identical"]
+
+
+def test_the_baseline_is_exempt_from_requirements(compared):
     evaluation, _ = compared
     verdicts = {(line["requirement"], line["checkpoint"]): line["passed"] for line in evaluation.report["requirements"]}
     assert verdicts[("text_retention>=1", "resampler")] and not verdicts[("text_retention>=1", "attention")]
@@ -310,16 +354,16 @@ def test_the_report_is_valid_by_its_schema(compared):
 
 
 @pytest.mark.parametrize(
-    ("requirement", "told"),
+    ("requirement", "message"),
     [
         ("exact_mach>=0.5", "did you mean exact_match?"),
-        ("exact_match=>0.5", "is no requirement"),
-        ("exact_match@other.jsonl>=1", "no data set is called other.jsonl"),
-        ("exact_match/nothing>=1", "no row is of kind nothing"),
-        ("text_retention>=0.9", "there is only one"),
+        ("exact_match=>0.5", "is not a valid requirement"),
+        ("exact_match@other.jsonl>=1", "unknown data set other.jsonl"),
+        ("exact_match/nothing>=1", "no row has the kind nothing"),
+        ("text_retention>=0.9", "only one checkpoint is evaluated"),
     ],
 )
-def test_a_requirement_is_judged_before_anything_is_asked(text_rows, requirement, told):
+def test_a_requirement_is_parsed_before_a_model_is_loaded(text_rows, requirement, message):
     with pytest.raises(RecipeError) as caught:
         evaluate("no-such-model", text_rows, require=[requirement])
-    assert told in str(caught.value)
+    assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""Answers do not depend on the batch they are asked in, and figures are honest about how many they rest on."""
+"""Answers do not depend on their batch, and every result states its number of rows and its interval."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from ernie_align.data.formats import canonicalize
 from ernie_align.errors import DataError
-from ernie_align.evaluation import Sampling, answer, evaluate, load_eval_config
+from ernie_align.evaluation import Sampling, evaluate, generate_answer, load_eval_config
 from ernie_align.evaluation.intervals import wilson_interval
 from ernie_align.evaluation.metrics import build_metrics
 from ernie_align.evaluation.questions import Question
@@ -18,13 +18,13 @@ from tests.support.runs import beside, write_rows
 
 
 def answers_of(evaluation):
-    """Every checkpoint's answers, row by row."""
-    return [answer for row in evaluation.rows for said in row["results"].values() for answer in said["answers"]]
+    """Return every checkpoint's answers, row by row."""
+    return [answer for row in evaluation.rows for result in row["results"].values() for answer in result["answers"]]
 
 
 def score_of(row, measure="exact_match"):
-    (said,) = row["results"].values()
-    return said["scores"][measure]
+    (result,) = row["results"].values()
+    return result["scores"][measure]
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def questions(digits, tmp_path):
 
 
 def test_a_batch_answers_as_its_rows_do_alone(checkpoints, questions):
-    """Left padding, images in some rows, two in others: the answers of a batch are those of single rows."""
+    """With left padding and no, one or two images per row, a batch gives the answers of single rows."""
     together = evaluate(checkpoints["vl_moe"], questions, batch_size=12, max_new_tokens=6)
     alone = evaluate(checkpoints["vl_moe"], questions, batch_size=1, max_new_tokens=6)
     assert answers_of(together) == answers_of(alone)
@@ -58,24 +58,24 @@ def test_the_figures(checkpoints, questions):
 
 
 def test_generation_never_samples_a_modality_token(checkpoints, digits):
-    """A sampled placeholder would ask the next forward for an image that is not there."""
+    """After a sampled placeholder the next forward pass would need an image that does not exist."""
     import torch
 
     bundle = load_model(str(checkpoints["vl_moe"]), dtype="float32")
     row = canonicalize(
         {"messages": [{"role": "user", "content": "?"}], "images": ["images/0000.png"]}, "messages", digits
     )
-    with torch.no_grad():  # a model that would say nothing else
+    with torch.no_grad():  # a model that would always sample the placeholder
         embeddings = bundle.model.model.language_model.embed_tokens.weight
         favourite = embeddings[bundle.modality.image].clone()
         embeddings.mul_(1e-3)
         embeddings[bundle.modality.image] = 1e3 * favourite
-    text = answer(bundle, row, sampling=Sampling(max_new_tokens=8, temperature=2.0))
+    text = generate_answer(bundle, row, sampling=Sampling(max_new_tokens=8, temperature=2.0))
     assert "IMAGE" not in text and "VIDEO" not in text
 
 
-def test_what_follows_the_thinking_is_the_answer(renderers):
-    """The row's own thinking is asked for; the answer is judged without it."""
+def test_the_answer_follows_the_reasoning(renderers):
+    """The row turns thinking on; the answer is scored without the reasoning."""
     row = canonicalize(
         {"messages": [{"role": "user", "content": "?"}], "answer": "seven", "thinking": True}, "messages"
     )
@@ -91,12 +91,12 @@ def test_what_follows_the_thinking_is_the_answer(renderers):
     assert length == [(2.0, 1.0), (1.0, 1.0)]  # words
 
 
-def test_preference_is_which_answer_is_more_likely(checkpoints, digits, tmp_path):
-    """Log-probabilities in batches are those of each pair alone, by cross-entropy of the model's own logits."""
+def test_preference_compares_the_likelihood_of_two_answers(checkpoints, digits, tmp_path):
+    """Log-probabilities in batches equal each pair's cross-entropy computed from the model's logits."""
     import torch
 
     from ernie_align.data.pairs import PairCollator, PairEncoder
-    from ernie_align.evaluation.generate import renderer_of
+    from ernie_align.data.render import renderer_of
 
     lines = (digits / "preferences-val.jsonl").read_text().splitlines()[:5]
     file = digits / "few-preferences.jsonl"
@@ -130,34 +130,34 @@ def test_zero_is_an_answer(checkpoints, tmp_path):
     assert asked["expected"] == 0 and "exact_match" in asked["results"]["dense"]["scores"]
 
 
-def test_rows_without_a_known_answer_are_told(checkpoints, tmp_path):
+def test_a_row_without_a_known_answer_is_an_error(checkpoints, tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "?"}]}])
     with pytest.raises(DataError, match="exact_match reads answer") as caught:
         evaluate(checkpoints["dense"], path)
     assert caught.value.faults[0].where == f"{path}:1"
 
 
-def test_a_draw_does_not_depend_on_its_batch(checkpoints, questions):
-    """Each row and sample has a seed: in batches of 5, of 24 or alone the same answers; another seed draws others."""
+def test_a_sampled_answer_does_not_depend_on_its_batch(checkpoints, questions):
+    """Each row and sample has its own seed: any batch size gives the same answers, another seed gives others."""
     drawn = {"temperature": 1.5, "top_p": 0.9, "samples": 2, "max_new_tokens": 4, "seed": 3}
 
     def draw(**changed):
         plan = {"data": [{"path": str(questions)}], "metrics": [{"name": "exact_match"}]}
-        return answers_of(evaluate(checkpoints["vl_moe"], plan=plan | {"generation": drawn | changed}))
+        return answers_of(evaluate(checkpoints["vl_moe"], config=plan | {"generation": drawn | changed}))
 
     some = draw(batch_size=5)
     assert some == draw(batch_size=24) == draw(batch_size=1)
     assert some != draw(batch_size=24, seed=4) and some[0::2] != some[1::2]
 
 
-def test_draws_follow_the_model(checkpoints):
-    """Frequencies of 2000 first tokens are the softmax of its logits, cut off at top_p."""
+def test_samples_follow_the_model(checkpoints):
+    """Frequencies of 2000 first tokens match the softmax of the logits, truncated at top_p."""
     import torch
 
-    from ernie_align.evaluation.generate import _noise
+    from ernie_align.evaluation.generate import _gumbel_noise
 
     logits = torch.tensor([[2.0, 1.0, 0.5, -1.0]]).expand(2000, -1)
-    processors = _noise(Sampling(temperature=0.8, top_p=0.9), [str(seed) for seed in range(2000)], "cpu")
+    processors = _gumbel_noise(Sampling(temperature=0.8, top_p=0.9), [str(seed) for seed in range(2000)], "cpu")
     counts = processors(torch.zeros(2000, 1, dtype=torch.long), logits).argmax(dim=-1).bincount(minlength=4)
     kept = torch.tensor([2.0, 1.0, 0.5]).div(0.8).softmax(dim=0)  # 0.69 + 0.20 < 0.9 <= ... + 0.11; the last is cut
     assert counts[3] == 0
@@ -169,7 +169,7 @@ def test_perplexity_is_that_of_the_answers_own_tokens(checkpoints, questions):
     """exp(Σ nll / Σ tokens), by cross-entropy of the model's own logits, row by row."""
     import torch
 
-    from ernie_align.evaluation.generate import renderer_of
+    from ernie_align.data.render import renderer_of
     from ernie_align.evaluation.questions import load_questions
     from ernie_align.recipe.evaluation import DataSetBlock
 
@@ -177,7 +177,7 @@ def test_perplexity_is_that_of_the_answers_own_tokens(checkpoints, questions):
     bundle = load_model(str(checkpoints["vl_moe"]))
     renderer, total, tokens = renderer_of(bundle), 0.0, 0
     for question in load_questions(DataSetBlock(path=str(questions))):
-        (example,) = renderer.examples(question.answered, max_length=512)
+        (example,) = renderer.examples(question.with_answer, max_length=512)
         inputs = {"input_ids": torch.tensor([example.input_ids])}
         if example.media:
             from ernie_align.data.media import load_image

@@ -1,4 +1,4 @@
-"""Checkpoints of the hub's layout and of ours load complete, or not at all."""
+"""Checkpoints in the hub's layout and in ours load completely, or raise an error."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def copy_of(checkpoints, tmp_path):
     return copy
 
 
-def test_a_hand_written_hub_layout_loads_bit_for_bit(copy_of):
-    """Unfused experts 0-15 (text first), weight_1, a stacked bias: written by hand, found in the right places."""
+def test_the_hub_layout_loads_bit_for_bit(copy_of):
+    """Unfused experts 0-15 (text first), weight_1 and a stacked bias reach the right parameters."""
     folder = copy_of("vl_moe")
     file = folder / "model.safetensors"
     weights = load_file(file)
@@ -42,27 +42,27 @@ def test_a_hand_written_hub_layout_loads_bit_for_bit(copy_of):
     assert all(weights[name].shape == mark.shape for name, mark in marks.items())
     save_file({**weights, **marks}, file, metadata={"format": "pt"})
 
-    found = dict(load_model(str(folder), dtype="float32").model.named_parameters())
+    loaded = dict(load_model(str(folder), dtype="float32").model.named_parameters())
     block = "model.language_model.layers.2.mlp."
     text, vision = f"{block}text_moe.", f"{block}vision_moe."
     bias = marks[f"{layer}moe_statics.e_score_correction_bias"]
     for parameter, mark in (
-        (found[f"{text}experts.gate_up_proj"][3, 96:], marks[f"{layer}experts.3.up_proj.weight"]),
-        (found[f"{vision}experts.gate_up_proj"][3, 64:], marks[f"{layer}experts.11.up_proj.weight"]),
-        (found[f"{text}gate.weight"], marks[f"{layer}gate.weight"].T),
-        (found[f"{vision}gate.weight"], marks[f"{layer}gate.weight_1"].T),
-        (found[f"{text}gate.moe_statics.e_score_correction_bias"], bias[:1]),
-        (found[f"{vision}gate.moe_statics.e_score_correction_bias"], bias[1:]),
-        (found["model.vision_tower.blocks.1.attn.qkv.weight"], marks["vision_model.blocks.1.attn.qkv.weight"]),
+        (loaded[f"{text}experts.gate_up_proj"][3, 96:], marks[f"{layer}experts.3.up_proj.weight"]),
+        (loaded[f"{vision}experts.gate_up_proj"][3, 64:], marks[f"{layer}experts.11.up_proj.weight"]),
+        (loaded[f"{text}gate.weight"], marks[f"{layer}gate.weight"].T),
+        (loaded[f"{vision}gate.weight"], marks[f"{layer}gate.weight_1"].T),
+        (loaded[f"{text}gate.moe_statics.e_score_correction_bias"], bias[:1]),
+        (loaded[f"{vision}gate.moe_statics.e_score_correction_bias"], bias[1:]),
+        (loaded["model.vision_tower.blocks.1.attn.qkv.weight"], marks["vision_model.blocks.1.attn.qkv.weight"]),
         (
-            found["model.resampler_model.spatial_linear.fc2.weight"],
+            loaded["model.resampler_model.spatial_linear.fc2.weight"],
             marks["model.resampler_model.spatial_linear.2.weight"],
         ),
     ):
         assert torch.equal(parameter, mark)
 
 
-def test_what_is_saved_loads_bit_for_bit(checkpoints, family, tmp_path):
+def test_a_saved_checkpoint_loads_bit_for_bit(checkpoints, family, tmp_path):
     first = load_model(str(checkpoints[family]), dtype="float32")
     first.model.save_pretrained(tmp_path)
     first.save_processor(str(tmp_path))
@@ -88,8 +88,8 @@ def test_routers_stay_in_float32_and_biases_stay_frozen(checkpoints, family):
         assert parameter.requires_grad != name.endswith("e_score_correction_bias"), name
 
 
-def test_a_checkpoint_with_a_hole_is_refused(copy_of):
-    """transformers would fill it with random numbers and go on."""
+def test_a_checkpoint_with_a_missing_weight_is_refused(copy_of):
+    """transformers would initialize it randomly and continue."""
     folder = copy_of("moe")
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.2.mlp.shared_experts.up_proj.weight"]
@@ -99,11 +99,11 @@ def test_a_checkpoint_with_a_hole_is_refused(copy_of):
 
 
 @pytest.mark.parametrize(
-    ("break_it", "says"),
+    ("damage", "message"),
     [
         (lambda folder: shutil.rmtree(folder), "no such folder"),
-        (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "not JSON"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "is not ERNIE 4.5"),
         (lambda folder: (folder / "model.safetensors").unlink(), "the weights could not be loaded"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 20), "the weights could not be loaded"),
@@ -111,14 +111,14 @@ def test_a_checkpoint_with_a_hole_is_refused(copy_of):
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer could be loaded"),
     ],
 )
-def test_broken_checkpoints_say_what_is_wrong(copy_of, break_it, says):
+def test_damaged_checkpoints_raise_a_clear_error(copy_of, damage, message):
     folder = copy_of("dense")
-    break_it(folder)
-    with pytest.raises(ModelError, match=says):
+    damage(folder)
+    with pytest.raises(ModelError, match=message):
         load_model(str(folder), dtype="float32", where="recipe.yaml:2:3  model.name")
 
 
-def test_pickles_are_never_read(copy_of):
+def test_pickles_are_never_loaded(copy_of):
     folder = copy_of("dense")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -126,8 +126,8 @@ def test_pickles_are_never_read(copy_of):
         load_model(str(folder), dtype="float32")
 
 
-def test_pickled_and_broken_adapters_are_refused(checkpoints, tmp_path):
-    """PEFT would take adapter_model.bin where there is nothing else."""
+def test_pickled_and_truncated_adapters_are_refused(checkpoints, tmp_path):
+    """PEFT would load adapter_model.bin if there is no other file."""
     from ernie_align.models.adapters import attach_adapter
     from ernie_align.recipe import AdapterBlock
 
@@ -140,13 +140,13 @@ def test_pickled_and_broken_adapters_are_refused(checkpoints, tmp_path):
     with pytest.raises(ModelError, match="could not be loaded"):
         load_model(str(tmp_path), dtype="float32")
     weights.unlink()
-    with pytest.raises(ModelError, match=r"holds no adapter_model\.safetensors"):
+    with pytest.raises(ModelError, match=r"has no adapter_model\.safetensors"):
         load_model(str(tmp_path), dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def saved_adapter(checkpoints, tmp_path_factory):
-    """Of both pools, attention and the dense MLP: wrappers of parameters, and of modules."""
+    """An adapter on both pools, attention and the dense MLP: on parameters and on modules."""
     from ernie_align.models.adapters import attach_adapter
     from ernie_align.recipe import AdapterBlock
 
@@ -157,19 +157,19 @@ def saved_adapter(checkpoints, tmp_path_factory):
     return folder
 
 
-def lost(tensors, name):
+def without(tensors, name):
     return {key: tensor for key, tensor in tensors.items() if key != name}
 
 
-def strange(tensors, name):
+def with_unknown(tensors, name):
     return {**tensors, name.replace("layers.2", "layers.9"): tensors[name].clone()}
 
 
 def renamed(tensors, name):
-    return {**lost(tensors, name), name.replace("layers.2", "layers.9"): tensors[name]}
+    return {**without(tensors, name), name.replace("layers.2", "layers.9"): tensors[name]}
 
 
-def longer(tensors, name):
+def with_longer(tensors, name):
     return {**tensors, name: torch.cat([tensors[name]] * 2).contiguous()}
 
 
@@ -177,28 +177,28 @@ def longer(tensors, name):
     "part", ["self_attn.q_proj.lora_A", "text_moe.experts.lora_B", "vision_moe.experts.base_layer"]
 )
 @pytest.mark.parametrize(
-    ("harm", "message"),
+    ("change", "message"),
     [
-        (lost, "1 tensors of the adapter did not reach the model, .*layers.2"),
-        (strange, "1 tensors of the adapter did not reach the model, .*layers.9"),
-        (renamed, "2 tensors of the adapter did not reach the model, .*layers.2"),
-        (longer, "1 tensors are of another shape, .*layers.2"),
+        (without, "1 tensors do not match the model, for example .*layers.2"),
+        (with_unknown, "1 tensors do not match the model, for example .*layers.9"),
+        (renamed, "2 tensors do not match the model, for example .*layers.2"),
+        (with_longer, "1 tensors have another shape: .*layers.2"),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_refused(harm, message, part, saved_adapter, tmp_path):
-    """PEFT warns of what is lost, draws it at random, and passes over what it does not know."""
+def test_an_adapter_that_does_not_fit_is_refused(change, message, part, saved_adapter, tmp_path):
+    """PEFT only warns about missing tensors, initializes them randomly, and ignores unknown ones."""
     folder = shutil.copytree(saved_adapter, tmp_path / "adapter")
     tensors = load_file(folder / "adapter_model.safetensors")
     name = next(name for name in tensors if "layers.2" in name and part in name)
-    save_file(harm(tensors, name), folder / "adapter_model.safetensors")
+    save_file(change(tensors, name), folder / "adapter_model.safetensors")
     with pytest.raises(ModelError, match=message) as caught:
         load_model(str(folder), dtype="float32")
     assert str(folder) in caught.value.faults[0].where and "restore the folder" in caught.value.faults[0].fix
-    assert ".default." not in caught.value.faults[0].what or harm is longer
+    assert ".default." not in caught.value.faults[0].what or change is with_longer
 
 
-def test_every_tensor_of_an_adapters_file_is_looked_for(saved_adapter):
-    """Bit for bit: also where PEFT has taken one for another."""
+def test_every_tensor_of_an_adapter_file_is_compared(saved_adapter):
+    """Bit for bit, so that a tensor loaded in the wrong place is found."""
     from ernie_align.models.expert_lora import validate_loaded_adapter
 
     bundle = load_model(str(saved_adapter), dtype="float32")
@@ -211,8 +211,8 @@ def test_every_tensor_of_an_adapters_file_is_looked_for(saved_adapter):
         validate_loaded_adapter(bundle.model, saved_adapter)
 
 
-def test_an_adapter_of_an_older_layout_is_whole(checkpoints, tmp_path):
-    """One LoRA for each expert's matrix, as transformers 4 had them: PEFT fuses them, and none is left over."""
+def test_an_adapter_of_an_older_layout_loads_completely(checkpoints, tmp_path):
+    """One LoRA per matrix of each expert, as in transformers 4: PEFT fuses them, with no tensor left over."""
     bundle = load_model(str(checkpoints["moe"]), dtype="float32")
     tensors = {}
     for layer, module in bundle.model.named_modules():
@@ -235,12 +235,12 @@ def test_an_adapter_of_an_older_layout_is_whole(checkpoints, tmp_path):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     loaded = load_model(str(tmp_path), dtype="float32").model
     assert sum(".lora_" in name for name, _ in loaded.named_parameters()) > 0
-    save_file(lost(tensors, next(iter(tensors))), tmp_path / "adapter_model.safetensors")
+    save_file(without(tensors, next(iter(tensors))), tmp_path / "adapter_model.safetensors")
     with pytest.raises(ModelError, match="could not be loaded"):
         load_model(str(tmp_path), dtype="float32")
 
 
-def test_an_adapter_loads_with_the_base_it_names(checkpoints, tmp_path):
+def test_an_adapter_loads_with_its_base_model(checkpoints, tmp_path):
     from ernie_align.models.adapters import attach_adapter
     from ernie_align.recipe import AdapterBlock
 
@@ -250,12 +250,12 @@ def test_an_adapter_loads_with_the_base_it_names(checkpoints, tmp_path):
     assert load_model(str(tmp_path), dtype="float32").modality is not None
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "./gone"}))
-    with pytest.raises(ModelError, match=r"base './gone' is not here"):
+    with pytest.raises(ModelError, match=r"no model at './gone', the base of this adapter"):
         load_model(str(tmp_path), dtype="float32")
 
 
-def test_a_name_is_a_folder_where_it_can_be_one(tmp_path, monkeypatch):
-    """So that a missing run is not asked for on the hub."""
+def test_a_local_path_is_never_a_hub_id(tmp_path, monkeypatch):
+    """A missing run folder is not requested from the hub."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     folders = ("runs/none", "./a", "/a/b", "a/b/c", "~/x")
@@ -263,8 +263,8 @@ def test_a_name_is_a_folder_where_it_can_be_one(tmp_path, monkeypatch):
     assert not any(CheckpointFiles(name).is_folder for name in ("baidu/ERNIE-4.5-0.3B-PT", "gpt2"))
 
 
-def test_the_processor_gives_ids_and_pixels_without_the_routing_tensor(checkpoints, digits):
-    """Prompts of different length, with and without images: upstream's own processor fails on these."""
+def test_the_processor_returns_no_routing_tensor(checkpoints, digits):
+    """Prompts of different lengths, with and without images, on which the upstream processor fails."""
     from PIL import Image
 
     bundle = load_model(str(checkpoints["vl_moe"]), dtype="float32")
@@ -276,8 +276,8 @@ def test_the_processor_gives_ids_and_pixels_without_the_routing_tensor(checkpoin
     assert out["mm_token_type_ids"].sum() == 4 and out["pixel_values"].shape == (16, 588)
 
 
-def test_image_settings_are_found_in_either_file(copy_of):
-    """transformers 5 nests them in processor_config.json; the published checkpoints have a file of their own."""
+def test_image_settings_are_read_from_either_file(copy_of):
+    """transformers 5 nests them in processor_config.json; the published checkpoints have a separate file."""
     folder = copy_of("vl_moe")
     files = CheckpointFiles(str(folder))
     assert files.image_settings()["size"]["shortest_edge"] == 56 * 56
@@ -285,7 +285,7 @@ def test_image_settings_are_found_in_either_file(copy_of):
     assert files.image_settings()["size"]["shortest_edge"] == 784
     (folder / "processor_config.json").unlink()
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(ModelError, match=r"holds no preprocessor_config.json"):
+    with pytest.raises(ModelError, match=r"has no preprocessor_config.json"):
         files.image_settings()
 
 

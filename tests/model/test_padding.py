@@ -1,4 +1,4 @@
-"""training.pad_to_multiple_of is honoured: rows are wider, and teach what they taught."""
+"""training.pad_to_multiple_of makes rows wider and changes no loss."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ MULTIPLE = 48
 
 
 def padded(collator, *arguments, **settings):
-    """The same collator without and with it, and the places that it adds."""
+    """Return the same collator without and with padding to a multiple."""
     return collator(*arguments, **settings), collator(*arguments, **settings, pad_to_multiple_of=MULTIPLE)
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_rows_are_padded_like_any_other(left):
-    """Right or left, by the same values, and no row is cut; a batch that fits already stays."""
+def test_rows_are_padded(left):
+    """On the right or left, with the same values, no row truncated; a batch that fits is unchanged."""
     lengths = (50, 7)
     examples = [
         {
@@ -45,7 +45,7 @@ def test_rows_are_padded_like_any_other(left):
 
 
 @pytest.mark.parametrize("collator", [PairCollator, SharedPromptCollator])
-def test_pairs_are_padded_like_any_other(collator):
+def test_pairs_are_padded(collator):
     example = {
         "prompt_ids": [1] * 30,
         "chosen_ids": [2] * 5,
@@ -65,11 +65,11 @@ def test_pairs_are_padded_like_any_other(collator):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("stage", ["sft", "lora", "dpo", "dpo, shared"])
-def test_wider_rows_teach_the_same(stage, family, checkpoints, digits, text_rows, tmp_path):
-    """Loss and gradient of the first step, and what is evaluated: float32 sums over more zeros."""
+def test_wider_rows_give_the_same_loss_and_gradients(stage, family, checkpoints, digits, text_rows, tmp_path):
+    """Loss and gradient of the first step and the evaluation, where float32 sums have more zeros."""
     name, shared = stage.partition(",")[0], "shared" in stage
     rows = digits / ("preferences-val.jsonl" if name == "dpo" else "val.jsonl")
-    found = []
+    results = []
     for multiple in (None, MULTIPLE):
         folder = tmp_path / f"run-{multiple}"
         training = {"max_steps": 1, "pad_to_multiple_of": multiple, "eval_strategy": "steps", "eval_steps": 1}
@@ -81,12 +81,12 @@ def test_wider_rows_teach_the_same(stage, family, checkpoints, digits, text_rows
         if name == "dpo":
             recipe["dpo"] = {"shared_prompt": shared, "sft_weight": 1.0}
         run_quietly(recipe)
-        found.append([logged(folder, key)[0] for key in ("loss", "grad_norm", "eval_loss")])
-    assert found[1] == pytest.approx(found[0], rel=1e-6, abs=1e-6)
+        results.append([logged(folder, key)[0] for key in ("loss", "grad_norm", "eval_loss")])
+    assert results[1] == pytest.approx(results[0], rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("stage", ["sft", "lora", "dpo", "dpo, shared"])
-def test_a_trainers_batches_are_as_wide_as_asked(stage, checkpoints, text_rows, tmp_path):
+def test_batches_of_a_trainer_are_padded(stage, checkpoints, text_rows, tmp_path):
     name = stage.partition(",")[0]
     rows = text_pairs(tmp_path) if name == "dpo" else text_rows
     recipe = recipe_of(name, checkpoints["dense"], rows, tmp_path / "run", training={"pad_to_multiple_of": "160"})
@@ -102,7 +102,7 @@ def text_pairs(folder):
 
 
 @pytest.mark.parametrize("multiple", [8, "8", "auto", "none"])
-def test_trls_spellings_are_taken(multiple, checkpoints, text_rows, tmp_path):
+def test_trls_values_are_accepted(multiple, checkpoints, text_rows, tmp_path):
     recipe = recipe_of("sft", checkpoints["dense"], text_rows, tmp_path / "run")
     recipe["training"] |= {"pad_to_multiple_of": multiple}
     assert load_recipe(recipe).training["pad_to_multiple_of"] == multiple
@@ -113,12 +113,12 @@ def test_trls_spellings_are_taken(multiple, checkpoints, text_rows, tmp_path):
     [
         ("sft", {"pad_to_multiple_of": 8, "packing": True}, "pad_to_multiple_of 8 without padding"),
         ("lora", {"pad_to_multiple_of": 8, "padding_free": True}, "pad_to_multiple_of 8 without padding"),
-        ("dpo", {"pad_to_multiple_of": 0}, "pad_to_multiple_of 0 is no length"),
-        ("lora", {"pad_to_multiple_of": "eight"}, "pad_to_multiple_of eight is no length"),
+        ("dpo", {"pad_to_multiple_of": 0}, "pad_to_multiple_of 0 is not a length"),
+        ("lora", {"pad_to_multiple_of": "eight"}, "pad_to_multiple_of eight is not a length"),
         ("upo", {"pad_to_multiple_of": 8}, "not set under training"),
     ],
 )
-def test_what_cannot_be_padded_to_is_refused(stage, training, what, checkpoints, text_rows, tmp_path):
+def test_unsupported_padding_is_refused(stage, training, what, checkpoints, text_rows, tmp_path):
     recipe = recipe_of(stage, checkpoints["dense"], text_rows, tmp_path / "run", training=training)
     if stage == "upo":
         recipe["rewards"] = [{"name": "contains", "text": "e"}]

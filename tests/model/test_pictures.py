@@ -1,4 +1,4 @@
-"""What a notebook shows of a run: every picture is a PNG of what it was given."""
+"""Pictures for notebooks are PNGs of the data they are given."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def bundle(checkpoints):
 
 
 def test_a_tokens_experts_are_those_of_its_own_pool_row_by_row(bundle, digits):
-    """Row 2 alone and row 2 behind two others are routed alike, and each token has its pool's top 2 in each layer."""
+    """Row 2 has the same experts after two other rows as alone, and each token has 2 of its pool in each layer."""
     picture = route(bundle, digits / "test.jsonl", rows=3)
     last = routed_tokens(bundle, picture, row=2)
     assert [token.text for token in last] == [bundle.tokenizer.convert_ids_to_tokens(i).replace("▁", " ")
@@ -65,18 +65,18 @@ def test_a_gallery_shows_the_images_it_is_given(tmp_path):
     assert (77, 77, 77) in {color for _, color in shown.getcolors(maxcolors=1 << 24)}
 
 
-def test_what_was_logged(tmp_path):
+def test_read_metric(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps({"step": n, "loss": 1 / n}) + "\n" for n in (1, 2)) + '{"step": 3'  # cut off
+        "".join(json.dumps({"step": n, "loss": 1 / n}) + "\n" for n in (1, 2)) + '{"step": 3'  # incomplete
     )
     assert read_metric(tmp_path, "loss") == [(1, 1.0), (2, 0.5)]
     assert opened(curves({"loss": read_metric(tmp_path, "loss")})).width > 300
-    with pytest.raises(DataError, match="nothing was logged as los"):
+    with pytest.raises(DataError, match="the run did not log los"):
         read_metric(tmp_path, "los")
 
 
-def test_a_notebook_is_told_of_steps_in_lines_alone():
-    """rich's bar wants ipywidgets there, and warns in their absence."""
+def test_a_notebook_gets_lines_and_no_bar():
+    """In a notebook rich's bar needs ipywidgets, and warns if they are absent."""
     bar = ProgressBar(Console(force_jupyter=True, quiet=True))
     bar.on_train_begin(None, SimpleNamespace(is_world_process_zero=True, max_steps=3, global_step=0), None)
     assert bar.progress is not None and not bar.progress.live.is_started

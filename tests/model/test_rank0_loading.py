@@ -1,4 +1,4 @@
-"""One process reads the weights; no other ever holds the whole model."""
+"""Rank 0 loads the weights; no other rank ever holds the full model."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.loading import WAYS, share, started
+from benchmarks.loading import MODES, load_sharded, run_processes
 from ernie_align.models.architecture import Architecture
 
 pytestmark = pytest.mark.xdist_group("scale")  # processes are started by one worker
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_only_the_first_process_holds_the_whole_model(checkpoints, way):
-    """What torch allocates, from before the model is read until it is shared by two: the way that it used to be, in
-    which each reads, shows that the measure tells."""
+@pytest.mark.parametrize("way", MODES)
+def test_only_rank_0_holds_the_full_model(checkpoints, way):
+    """Peak memory of torch from loading until the model is sharded over two ranks.
+
+    The first way, in which every rank loads, shows that the measurement detects a full model.
+    """
     model = checkpoints["vl_moe"]
     architecture = Architecture.from_config(json.loads((model / "config.json").read_text()))
-    whole = 4 * architecture.size  # bytes, in float32
+    full = 4 * architecture.size  # bytes, in float32
     largest = 4 * max(tensor.size for tensor in architecture.tensors)
-    first, second = started(model, way, 2, module="tests.model.test_rank0_loading")
-    if way == WAYS[0]:
-        assert second >= whole
+    first, second = run_processes(model, way, 2, module="tests.model.test_rank0_loading")
+    if way == MODES[0]:
+        assert second >= full
     else:
-        # its half, and of one weight at a time the whole, as it came, and the piece that is cut from it; then pixels'
-        # tables and what FSDP2 pads: a twentieth
-        assert second <= (0.5 + 0.05) * whole + 2 * largest
-    assert first >= whole / 2
+        # its half, one full weight at a time with the shard cut from it, and a twentieth for pixel tables and the
+        # padding of FSDP2
+        assert second <= (0.5 + 0.05) * full + 2 * largest
+    assert first >= full / 2
 
 
 @pytest.mark.parametrize("family", ["dense", "moe", "vl_moe"])
-def test_what_the_others_are_sent_is_the_model_without_its_weights(checkpoints, family):
+def test_other_ranks_receive_the_model_without_weights(checkpoints, family):
     import pickle
 
     from ernie_align.models.distributed.rank0_loading import pop_weights, to_meta
@@ -56,13 +58,13 @@ def test_what_the_others_are_sent_is_the_model_without_its_weights(checkpoints, 
 
 
 def main() -> None:
-    """One process of `started`: prints the bytes that torch held at most."""
+    """Run one process of `started` and print the peak bytes that torch held."""
     from ernie_align.report.console import quiet_libraries
 
     quiet_libraries()
     torch.distributed.init_process_group("gloo")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        kept = share(Path(sys.argv[1]), sys.argv[2])
+        kept = load_sharded(Path(sys.argv[1]), sys.argv[2])
         torch.distributed.barrier()
     held = most = 0
     events = profiled.profiler.kineto_results.events()

@@ -1,4 +1,4 @@
-"""Which pool a token goes to follows from its id, for whoever calls; and a run in which it does not is stopped."""
+"""Routing follows from input_ids for every caller, and a run in which it does not is stopped."""
 
 from __future__ import annotations
 
@@ -32,34 +32,35 @@ def forward(model, batch, **more):
         return model(**inputs, **more, use_cache=False).logits
 
 
-def test_types_by_hand():
+def test_token_types():
     ids = torch.tensor([[1, 8, 7, 7, 9, 2], [11, 10, 12, 5, 0, 0]])
     assert moe_mm_token_type_ids(ids, TOKENS).tolist() == [[0, 1, 1, 1, 1, 0], [2, 2, 2, 0, 0, 0]]
     assert mm_token_type_ids(ids, TOKENS).tolist() == [[0, 0, 1, 1, 0, 0], [0, 2, 0, 0, 0, 0]]
 
 
-def test_whatever_the_caller_passes_the_ids_decide(bundle, batch):
-    """Missing, stale, of a wrong shape: three upstream traps, one answer."""
-    right = forward(bundle.model, batch)
+def test_routing_ignores_token_types_of_the_caller(bundle, batch):
+    """Token types that are missing, stale or of a wrong shape do not change the logits."""
+    expected = forward(bundle.model, batch)
     stale = torch.zeros_like(batch["input_ids"])
-    assert torch.equal(forward(bundle.model, batch, moe_mm_token_type_ids=stale), right)
-    assert torch.equal(forward(bundle.model, batch, moe_mm_token_type_ids=stale[:, :3], mm_token_type_ids=stale), right)
+    assert torch.equal(forward(bundle.model, batch, moe_mm_token_type_ids=stale), expected)
+    short = {"moe_mm_token_type_ids": stale[:, :3], "mm_token_type_ids": stale}
+    assert torch.equal(forward(bundle.model, batch, **short), expected)
     bare = copy.deepcopy(bundle.model)
     bare.model._forward_pre_hooks.clear()
     without = forward(bare, batch, mm_token_type_ids=mm_token_type_ids(batch["input_ids"], bundle.modality))
-    assert not torch.allclose(without, right)
+    assert not torch.allclose(without, expected)
 
 
 def test_the_derived_routing_is_the_processors(bundle, batch):
-    """transformers' own tensor, handed over by hand to a model without the hook, gives the same logits bit for bit."""
+    """The processor's own tensor, passed to a model without the hook, gives bit-equal logits."""
     bare = copy.deepcopy(bundle.model)
     bare.model._forward_pre_hooks.clear()
     ids, modality = batch["input_ids"], bundle.modality
-    given = {
+    types = {
         "mm_token_type_ids": mm_token_type_ids(ids, modality),
         "moe_mm_token_type_ids": torch.tensor(bundle.processor.create_moe_mm_token_type_ids(ids.numpy())),
     }
-    assert torch.equal(forward(bare, batch, **given), forward(bundle.model, batch))
+    assert torch.equal(forward(bare, batch, **types), forward(bundle.model, batch))
 
 
 def test_copies_and_adapters_route_too(bundle, batch):
@@ -67,16 +68,16 @@ def test_copies_and_adapters_route_too(bundle, batch):
     from ernie_align.models.adapters import attach_adapter
     from ernie_align.recipe import AdapterBlock
 
-    right = forward(bundle.model, batch)
+    expected = forward(bundle.model, batch)
     twin = copy.deepcopy(bundle.model)
-    assert torch.equal(forward(twin, batch), right)
+    assert torch.equal(forward(twin, batch), expected)
     twin.model.config.image_start_token_id = 3  # the copy's hook reads the copy's config
-    assert not torch.equal(forward(twin, batch), right)
+    assert not torch.equal(forward(twin, batch), expected)
     attach_adapter(bundle, AdapterBlock(scopes=["attention"]))
-    assert torch.equal(forward(bundle.model, batch), right)
+    assert torch.equal(forward(bundle.model, batch), expected)
 
 
-def test_the_hook_comes_first_and_once(bundle):
+def test_the_hook_is_installed_once(bundle):
     from ernie_align.models.routing import install_routing
 
     install_routing(bundle.model.model)
@@ -103,16 +104,16 @@ def test_the_counters_see_every_token_in_every_layer(bundle, batch):
     assert set(seen.vision.values()) == {vision}
 
 
-def test_the_guard_stops_a_model_that_lost_its_routing(bundle, batch):
+def test_the_check_fails_for_a_model_without_routing(bundle, batch):
     bundle.model.model._forward_pre_hooks.clear()
     with count_routed_tokens(find_expert_pools(bundle.model)) as seen:
         forward(bundle.model, batch, mm_token_type_ids=mm_token_type_ids(batch["input_ids"], bundle.modality))
-    with pytest.raises(ModelError, match="18 tokens are vision; 0 reached the vision pool"):
+    with pytest.raises(ModelError, match="18 vision tokens, but 0 reached the vision experts"):
         check_routing(seen, vision_tokens=int(batch["vision_tokens"]), tokens=batch["input_ids"].numel())
 
 
-def test_a_run_whose_images_go_astray_is_stopped_at_its_first_batch(checkpoints, digits, tmp_path, monkeypatch):
-    """As with a stack that knows where images stand and forgets which experts they belong to."""
+def test_a_run_with_wrong_routing_stops_at_its_first_batch(checkpoints, digits, tmp_path, monkeypatch):
+    """A model that sets image positions but not the expert pool of image tokens, as plain TRL does."""
     import ernie_align.models.load
     from tests.support.runs import recipe_of, run_quietly
 
@@ -127,7 +128,7 @@ def test_a_run_whose_images_go_astray_is_stopped_at_its_first_batch(checkpoints,
         lambda backbone: backbone.register_forward_pre_hook(forgetful, with_kwargs=True),
     )
     recipe = recipe_of("sft", checkpoints["vl_moe"], digits / "inverted_val.jsonl", tmp_path / "run")
-    with pytest.raises(ModelError, match="24 tokens are vision; 0 reached the vision pool"):
+    with pytest.raises(ModelError, match="24 vision tokens, but 0 reached the vision experts"):
         run_quietly(recipe)
     assert not (tmp_path / "run" / "final").exists()
 

@@ -1,4 +1,4 @@
-"""Dispatch by rows is transformers' block, bit for bit, in whatever way the model is used."""
+"""Token dispatch is bit-equal to transformers' block, however the model is used."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def bundle(checkpoints):
 
 @pytest.fixture
 def stock(checkpoints):
-    """transformers' model with nothing of ours but the routing tensor."""
+    """transformers' model with our routing hook only."""
     from transformers import Ernie4_5_VLMoeForConditionalGeneration
 
     model = Ernie4_5_VLMoeForConditionalGeneration.from_pretrained(checkpoints["vl_moe"], dtype=torch.float32)
@@ -51,7 +51,7 @@ def run(model, batch, **more):
 def assert_equal(these, those):
     (output, gradients), (expected, expected_gradients) = these, those
     assert torch.equal(output.logits, expected.logits) and torch.equal(output.loss, expected.loss)
-    # the correction biases of the stock model are trainable by an oversight of transformers, and get no gradient
+    # correction biases of the stock model require gradients by an oversight of transformers, and get none
     assert gradients.keys() == expected_gradients.keys()
     assert all(torch.equal(gradients[name], expected_gradients[name]) for name in gradients)
 
@@ -68,12 +68,12 @@ def test_outputs_and_gradients_are_equal_bit_for_bit(bundle, stock, batch, check
     assert any("vision_moe" in name for name in these[1])
 
 
-def test_text_alone_never_enters_the_vision_pool(bundle, stock, batch):
+def test_text_never_enters_the_vision_pool(bundle, stock, batch):
     text = {key: batch[key][2:] for key in ("input_ids", "attention_mask", "labels")}
     assert_equal(run(bundle.model, text), run(stock, text))
 
 
-def test_router_logits_are_recorded_as_before(bundle, stock, batch):
+def test_router_logits_equal_the_stock_ones(bundle, stock, batch):
     ours, theirs = (model(**batch, output_router_logits=True).router_logits for model in (bundle.model, stock))
     assert len(ours) == len(theirs) == 3 and all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
 
@@ -85,7 +85,7 @@ def test_generation_with_images(bundle, stock, batch):
 
 
 def test_two_forwards_before_one_backward(bundle, stock, batch):
-    """Recomputed layers see the rows of their own batch, not of the last one."""
+    """Recomputed layers use the indices of their own batch, not of the last one."""
     other = {**batch, "input_ids": batch["input_ids"].clone()}
     tokens = bundle.modality.ids
     is_text = torch.tensor([[int(token) not in tokens for token in row] for row in other["input_ids"]])
@@ -101,8 +101,8 @@ def test_two_forwards_before_one_backward(bundle, stock, batch):
     assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
 
 
-def test_a_block_alone_takes_the_tensor_too(bundle, stock):
-    """As does whoever calls a layer by hand; and a batch of vision tokens alone."""
+def test_a_block_accepts_token_types(bundle, stock):
+    """For direct calls of a layer, and for batches of vision tokens only."""
     ours, theirs = (model.model.language_model.layers[1].mlp for model in (bundle.model, stock))
     assert isinstance(ours, IndexedMoeBlock) and type(theirs) is IndexedMoeBlock.__base__
     hidden = torch.randn(2, 5, 128)
@@ -111,15 +111,15 @@ def test_a_block_alone_takes_the_tensor_too(bundle, stock):
             assert torch.equal(mine, expected)
 
 
-def test_rows_by_hand():
-    rows = ExpertIndices.of(torch.tensor([[0, 1, 0], [2, 0, 0]]))
-    assert rows.text.tolist() == [0, 2, 4, 5] and rows.vision.tolist() == [1, 3]
-    assert torch.cat([rows.text, rows.vision])[rows.place].tolist() == [0, 1, 2, 3, 4, 5]
-    assert ExpertIndices.of(torch.zeros(2, 3)) is None and ExpertIndices.of(None) is None
+def test_expert_indices():
+    indices = ExpertIndices.from_token_types(torch.tensor([[0, 1, 0], [2, 0, 0]]))
+    assert indices.text.tolist() == [0, 2, 4, 5] and indices.vision.tolist() == [1, 3]
+    assert torch.cat([indices.text, indices.vision])[indices.inverse].tolist() == [0, 1, 2, 3, 4, 5]
+    assert ExpertIndices.from_token_types(torch.zeros(2, 3)) is None and ExpertIndices.from_token_types(None) is None
 
 
-class Searches(TorchDispatchMode):
-    """How often a device is asked where something holds, outright or by a mask: on a GPU each is a wait."""
+class Synchronizations(TorchDispatchMode):
+    """Counts the operations that search a mask: each one synchronizes with a GPU."""
 
     count = 0
 
@@ -131,16 +131,16 @@ class Searches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_rows_are_chosen_once_per_batch(bundle, stock, batch):
+def test_indices_are_computed_once_per_batch(bundle, stock, batch):
     counts = []
     for model in (bundle.model, stock):
         hidden = torch.randn(*batch["input_ids"].shape, 128)
         types = torch.zeros_like(batch["input_ids"])
         types[:, 2:5] = 1
-        with torch.no_grad(), Searches() as searches:
+        with torch.no_grad(), Synchronizations() as synchronizations:
             model.model.language_model(inputs_embeds=hidden, moe_mm_token_type_ids=types, use_cache=False)
-        counts.append(searches.count)
-    # the stock block in each of three sparse layers: one question, and a mask each to take and to put, twice over
+        counts.append(synchronizations.count)
+    # the stock block, in each of three sparse layers: one search, and a mask to read and to write for each pool, twice
     assert counts == [2, 3 * (1 + 2 * 3)]
 
 

@@ -136,8 +136,8 @@ def test_ten_steps_are_those_of_trls_own_trainer(checkpoints, text_pairs, tmp_pa
 
     from ernie_align.data.load import encode_sample
     from ernie_align.data.pairs import PairEncoder
+    from ernie_align.data.render import renderer_of
     from ernie_align.data.sources import Source
-    from ernie_align.evaluation.generate import renderer_of
     from ernie_align.recipe import DataBlock, SourceBlock
 
     training = {"max_steps": 10, "per_device_train_batch_size": 4, "learning_rate": 1e-4}
@@ -215,8 +215,8 @@ def test_length_normalize_and_our_own_losses_by_hand(checkpoints, text_pairs, tm
     """At step 0 the ratios are 0 however they are scaled; simpo and the SFT term are what the log-probabilities say."""
     from ernie_align.data.load import encode_sample
     from ernie_align.data.pairs import PairCollator, PairEncoder
+    from ernie_align.data.render import renderer_of
     from ernie_align.data.sources import Source
-    from ernie_align.evaluation.generate import renderer_of
     from ernie_align.losses import token_logps
     from ernie_align.recipe import DataBlock, SourceBlock
 

@@ -1,23 +1,25 @@
-"""A run that was stopped and resumed is the run that was never stopped; and a folder holds one run, ever."""
+"""A run that was stopped and resumed equals the run that was never stopped; and a folder holds one run only."""
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
 import subprocess
 import sys
 
 import pytest
-import torch
 
-from ernie_align.checkpoints import integrity_error, write_manifest
-from ernie_align.errors import RunError
+from ernie_align.errors import DataError, RecipeError, RunError
+from ernie_align.runs import load_recipe, run
 from ernie_align.runs.run_dir import RunDirectory
-from tests.support.runs import FAMILIES, logged, long_run, run_quietly, stopped_after, tensors_of
+from tests.support.callbacks import RecordingReporter
+from tests.support.runs import FAMILIES, assert_same_run, logged, long_run, run_quietly, stopped_after, write_rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("stage", ["sft", "lora"])
-def test_resumed_is_never_stopped(checkpoints, text_rows, digits, tmp_path, stage, family):
+def test_a_resumed_run_equals_one_that_never_stopped(checkpoints, text_rows, digits, tmp_path, stage, family):
     rows = digits / "val.jsonl" if family == "vl_moe" else text_rows
     blocks = {"data": {"train": [{"path": str(rows), "limit": 24}]}}
     if stage == "lora":  # dropout draws from the generator that a resume must restore
@@ -27,11 +29,9 @@ def test_resumed_is_never_stopped(checkpoints, text_rows, digits, tmp_path, stag
     run_quietly(long_run(stage, checkpoints, family, rows, whole, **blocks))
     stopped_after(3, whole, again)
     run_quietly(long_run(stage, checkpoints, family, rows, again, **blocks), resume=True)
-    for key in ("loss", "grad_norm", "learning_rate"):
+    for key in ("grad_norm", "learning_rate"):
         assert logged(again, key) == logged(whole, key)
-    expected, found = tensors_of(whole / "final"), tensors_of(again / "final")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert_same_run(again, whole)
 
 
 def test_a_stream_resumes_in_order(checkpoints, text_rows, tmp_path):
@@ -45,7 +45,7 @@ def test_a_stream_resumes_in_order(checkpoints, text_rows, tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_packs_resume_in_order(checkpoints, text_rows, digits, tmp_path, streaming):
-    """They follow from the rows and the seed: nothing about them is kept."""
+    """They follow from the rows and the seed: checkpoints hold nothing about them."""
     whole, again = tmp_path / "whole", tmp_path / "again"
     family, rows = ("dense", text_rows) if streaming else ("vl_moe", digits / "val.jsonl")
     source = {"path": str(rows)} if streaming else {"path": str(rows), "limit": 24}
@@ -58,8 +58,8 @@ def test_packs_resume_in_order(checkpoints, text_rows, digits, tmp_path, streami
         assert logged(again, key) == logged(whole, key)
 
 
-def test_a_resumed_run_still_certifies_its_text(checkpoints, digits, tmp_path):
-    """Against what the model said when the run first began, not when it was resumed."""
+def test_a_resumed_run_still_checks_text_parity(checkpoints, digits, tmp_path):
+    """Against the logits at the first start of the run, not when it was resumed."""
     whole, again = tmp_path / "whole", tmp_path / "again"
     blocks = {"tune": {"scopes": ["vision_experts", "resampler"]}}
     run_quietly(long_run("sft", checkpoints, "vl_moe", digits / "parity_val.jsonl", whole, **blocks))
@@ -71,9 +71,7 @@ def test_a_resumed_run_still_certifies_its_text(checkpoints, digits, tmp_path):
 
 @pytest.fixture(scope="module")
 def a_run(checkpoints, tmp_path_factory):
-    """One finished run to break in many ways."""
-    from tests.support.runs import write_rows
-
+    """One finished run to damage in many ways."""
     folder = tmp_path_factory.mktemp("run")
     row = {"messages": [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "one"}]}
     rows = write_rows(folder / "rows.jsonl", [row] * 24)
@@ -90,54 +88,36 @@ def again(a_run, tmp_path):
     return tmp_path / "run", {**recipe, "run": {"dir": str(tmp_path / "run")}}
 
 
-class Listener:
-    """A reporter that remembers what was said."""
-
-    def __init__(self):
-        self.lines = []
-
-    def log(self, line):
-        self.lines.append(line)
-
-    def progress(self):
-        return []
-
-    def __getattr__(self, name):
-        return lambda *args: None
-
-
 @pytest.mark.parametrize(
-    ("harm", "reason"),
+    ("damage", "reason"),
     [
-        (lambda checkpoint: (checkpoint / "complete.json").unlink(), "cut off in mid-write"),
+        (lambda checkpoint: (checkpoint / "complete.json").unlink(), "its write was interrupted"),
         (lambda checkpoint: (checkpoint / "optimizer.pt").unlink(), "optimizer.pt is missing"),
-        (lambda checkpoint: (checkpoint / "adapter_model.safetensors").write_bytes(b"x"), "has 1 bytes of"),
+        (lambda checkpoint: (checkpoint / "adapter_model.safetensors").write_bytes(b"x"), "has 1 bytes instead of"),
     ],
 )
-def test_a_checkpoint_that_is_not_whole_is_named_and_passed_over(again, a_run, harm, reason):
-    from ernie_align.runs import load_recipe, run
-
+def test_an_incomplete_checkpoint_is_named_and_skipped(again, a_run, damage, reason):
     run_dir, recipe = again
-    harm(run_dir / "checkpoint-6")
-    listener = Listener()
-    run(load_recipe(recipe), resume=True, reporter=listener)
-    assert any(line.startswith("passed over checkpoint-6:") and reason in line for line in listener.lines)
-    assert f"resuming from {run_dir / 'checkpoint-3'}" in listener.lines
+    damage(run_dir / "checkpoint-6")
+    reporter = RecordingReporter()
+    run(load_recipe(recipe), resume=True, reporter=reporter)
+    assert any(line.startswith("skipped checkpoint-6:") and reason in line for line in reporter.lines)
+    assert f"resuming from {run_dir / 'checkpoint-3'}" in reporter.lines
     assert logged(run_dir) == logged(a_run[0])
 
 
-def test_a_checkpoint_of_deepspeed_is_gone_on_with_by_deepspeed(again):
-    """Trainer would begin with an empty optimizer, and say nothing."""
+def test_a_checkpoint_of_deepspeed_is_resumed_by_deepspeed_only(again):
+    """Trainer would start with an empty optimizer, without a warning."""
     run_dir, recipe = again
     written = run_dir / "checkpoint-6" / "global_step6"
     written.mkdir()
     for process in range(2):
         (written / f"zero_pp_rank_{process}_mp_rank_00_optim_states.pt").touch()
-    with pytest.raises(RunError, match="written by 2 processes under DeepSpeed, and this run is without it"):
+    with pytest.raises(RunError, match="written with DeepSpeed on 2 processes, but this run is without DeepSpeed"):
         run_quietly(recipe, resume=True)
 
 
-def test_with_no_whole_checkpoint_the_run_begins_anew(again, a_run):
+def test_without_a_complete_checkpoint_the_run_starts_at_step_0(again, a_run):
     run_dir, recipe = again
     for checkpoint in run_dir.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
@@ -145,19 +125,17 @@ def test_with_no_whole_checkpoint_the_run_begins_anew(again, a_run):
     assert logged(run_dir) == logged(a_run[0])
 
 
-def test_resume_begins_a_run_that_never_began(a_run, tmp_path):
+def test_resume_starts_a_run_that_never_started(a_run, tmp_path):
     recipe = {**a_run[1], "run": {"dir": str(tmp_path / "new")}}
     recipe["training"] = {**recipe["training"], "max_steps": 1}
     assert run_quietly(recipe, resume=True).final.exists()
 
 
 def test_a_run_that_failed_before_its_first_step_leaves_no_obstacle(a_run, tmp_path):
-    from ernie_align.errors import DataError, RecipeError
-
     recipe = {**a_run[1], "run": {"dir": str(tmp_path / "new")}}
-    integrity_error = {**recipe, "training": {**recipe["training"], "warmup_steps": -1}}
-    with pytest.raises(RecipeError, match="SFTConfig refuses it"):
-        run_quietly(integrity_error)
+    invalid = {**recipe, "training": {**recipe["training"], "warmup_steps": -1}}
+    with pytest.raises(RecipeError, match="SFTConfig rejects it"):
+        run_quietly(invalid)
     assert not (tmp_path / "new").exists()
     with pytest.raises(DataError):
         run_quietly({**recipe, "data": {"train": [{"path": str(tmp_path / "none.jsonl")}]}})
@@ -165,18 +143,18 @@ def test_a_run_that_failed_before_its_first_step_leaves_no_obstacle(a_run, tmp_p
     assert run_quietly(recipe).final.exists()
 
 
-def test_nothing_is_overwritten(a_run, again, tmp_path):
+def test_nothing_is_ever_overwritten(a_run, again, tmp_path):
     run_dir, recipe = a_run
     with pytest.raises(RunError, match="holds a finished run"):
         run_quietly(recipe)
-    assert run_quietly(recipe, resume=True).final == run_dir / "final"  # finished already, and left alone
+    assert run_quietly(recipe, resume=True).final == run_dir / "final"  # already finished: it is left alone
     with pytest.raises(RunError, match="holds an unfinished run") as caught:
         run_quietly(again[1])
     assert "--resume" in str(caught.value)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("years of work")
     for resume in (False, True):
-        with pytest.raises(RunError, match=r"holds something else \(thesis.tex\)"):
+        with pytest.raises(RunError, match=r"is not a run directory \(thesis.tex\)"):
             run_quietly({**recipe, "run": {"dir": str(tmp_path / "foreign")}}, resume=resume)
     with pytest.raises(RunError, match="is a file"):
         run_quietly({**recipe, "run": {"dir": str(tmp_path / "foreign" / "thesis.tex")}})
@@ -187,33 +165,25 @@ def test_another_recipe_does_not_resume(again):
     recipe = {**recipe, "training": {**recipe["training"], "learning_rate": 1e-2, "max_steps": 9}}
     with pytest.raises(RunError) as caught:
         run_quietly(recipe, resume=True)
-    (fault,) = caught.value.faults  # more steps may be asked for; another learning rate is another run
-    assert fault.where == "training.learning_rate" and fault.what == "0.01 now, 0.001 when the run began"
+    (fault,) = caught.value.faults  # more steps are allowed; another learning rate makes another run
+    assert fault.where == "training.learning_rate" and fault.what == "0.01 now, 0.001 when the run started"
 
 
-def test_a_directory_in_use_is_refused(tmp_path):
+def test_a_directory_in_use_is_rejected(tmp_path):
+    """The error names the process that holds it; afterwards another process may have it."""
     first = RunDirectory(tmp_path)
-    assert first.begin("stage: sft\n", resume=False) is False
+    assert first.acquire("stage: sft\n", resume=False) is False
     code = (
-        "import sys\n"
         "from ernie_align.errors import RunError\n"
         "from ernie_align.runs.run_dir import RunDirectory\n"
         "try:\n"
-        f"    RunDirectory({str(tmp_path)!r}).begin('', resume=True)\n"
+        f"    RunDirectory({str(tmp_path)!r}).acquire('', resume=True)\n"
         "except RunError as error:\n"
         "    print(error)\n"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "is in use by process" in told
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert f"is in use by process {os.getpid()} on {platform.node()}" in output
+    with pytest.raises(RunError, match=f"in use by process {os.getpid()}"):
+        RunDirectory(tmp_path).acquire("", resume=True)
     first.release()
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == ""
-
-
-def test_a_seal_is_broken_by_any_change_of_size(tmp_path):
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "a.bin").write_bytes(b"12345")
-    assert integrity_error(tmp_path) == "cut off in mid-write"
-    write_manifest(tmp_path)
-    assert integrity_error(tmp_path) is None
-    (tmp_path / "deep" / "a.bin").write_bytes(b"1234")
-    assert integrity_error(tmp_path) == "deep/a.bin has 4 bytes of 5"
+    RunDirectory(tmp_path).acquire("", resume=True)

@@ -1,4 +1,4 @@
-"""selfcheck takes a recipe's own steps several ways; each of its checks can fail."""
+"""selfcheck takes a recipe's own steps in several ways; each of its checks can fail."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import sys
 import pytest
 import torch
 import yaml
+from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from ernie_align import selfcheck
 from ernie_align.cli import app
-from ernie_align.models.routing import derive_token_types
-from ernie_align.runs import selfcheck as room
+from ernie_align.runs.selfcheck import VisionTokenCounter
+from tests.support.callbacks import At
 from tests.support.runs import recipe_of
 
 NAMES = ["routing", "resume", "repeat", "precision", "processes"]
@@ -31,63 +32,60 @@ def test_a_sound_recipe_passes_and_its_run_directory_is_not_touched(recipe, tmp_
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     done = CliRunner().invoke(app, ["selfcheck", str(tmp_path / "recipe.yaml"), "--steps", "2", "--json"])
     assert done.exit_code == 0, done.output
-    found = {check["name"]: check for check in json.loads(done.stdout)}
-    assert list(found) == NAMES
-    verdicts = [check["verdict"] for check in found.values()]
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    assert list(checks) == NAMES
+    verdicts = [check["verdict"] for check in checks.values()]
     assert verdicts == ["pass"] * 4 + ["not applicable"]
-    words = found["routing"]["what"].split(maxsplit=1)
-    # an image of the digits is 4 placeholders, a start and an end; 2 steps of 2 rows show 4 images or more
-    assert int(words[0]) >= 24 and int(words[0]) % 6 == 0
-    assert words[1] == "vision tokens in 2 forwards, all of which reached the vision experts of each of 3 layers"
-    assert "2 losses and" in found["resume"]["what"] and "bit-equal" in found["resume"]["what"]
+    tokens, what = checks["routing"]["what"].split(maxsplit=1)
+    # an image of the digits is 4 placeholders, a start and an end; 2 steps of 2 rows have 4 images or more
+    assert int(tokens) >= 24 and int(tokens) % 6 == 0
+    assert what == "vision tokens in 2 forwards, all of which reached the vision experts of each of 3 layers"
+    assert "2 losses and" in checks["resume"]["what"] and "bit-equal" in checks["resume"]["what"]
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_that_does_not_route_fails(recipe, monkeypatch):
+def test_a_model_that_does_not_route_fails(recipe):
     """Image tokens go to the text experts, as in the stock stack."""
 
-    def astray(backbone):
-        def derive(module, args, kwargs):
-            args, kwargs = derive_token_types(module, args, kwargs)
-            pools = torch.zeros_like(kwargs["moe_mm_token_type_ids"])
-            return args, {**kwargs, "moe_mm_token_type_ids": pools}
+    def to_text_experts(model=None, **_):
+        def override(module, args, kwargs):
+            return args, {**kwargs, "moe_mm_token_type_ids": torch.zeros_like(kwargs["moe_mm_token_type_ids"])}
 
-        backbone.register_forward_pre_hook(derive, with_kwargs=True, prepend=True)
+        (backbone,) = (part for part in model.modules() if type(part).__name__ == "Ernie4_5_VLMoeModel")
+        backbone.register_forward_pre_hook(override, with_kwargs=True)  # after the hook that derives the types
 
-    monkeypatch.setattr("ernie_align.models.load.install_routing", astray)
-    checks = selfcheck(recipe, steps=2)
+    checks = selfcheck(recipe, steps=2, callbacks=[At(0, to_text_experts, "on_train_begin")])
     assert [check.verdict for check in checks] == ["fail"] + ["not applicable"] * 4
-    assert "reached the vision pool" in checks[0].what
+    assert "reached the vision experts" in checks[0].what
 
 
-def test_what_is_not_the_same_twice_fails(recipe, monkeypatch):
-    """Something unseeded in the first run alone; and no precision is good enough."""
+class Noise(TrainerCallback):
+    """Something unseeded in every step."""
 
-    class Restless(selfcheck.VisionTokenCounter):
-        def on_step_begin(self, args, state, control, model=None, **kwargs):
-            unseeded = torch.Generator()
-            unseeded.seed()
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.data += 1e-3 * torch.randn(parameter.shape, generator=unseeded)
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        unseeded = torch.Generator()
+        unseeded.seed()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 1e-3 * torch.randn(parameter.shape, generator=unseeded)
 
-    monkeypatch.setattr(selfcheck, "RoutedCounter", Restless)
-    monkeypatch.setattr(room, "DRIFT", 0.0)
+
+def test_runs_that_differ_fail(recipe, monkeypatch):
+    """The first run has noise, precisions may not differ at all, and no process can be started."""
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    found = {check.name: check for check in selfcheck(recipe, steps=2, processes=2)}
-    assert [found[name].verdict for name in NAMES] == ["pass", "fail", "fail", "fail", "fail"]
-    assert "tensors differ, by" in found["repeat"].what and "the loss differs from step 1 on" in found["repeat"].what
-    assert "2 processes do not come to the end" in found["processes"].what
+    results = selfcheck(recipe, steps=2, processes=2, callbacks=[Noise()], max_drift=0.0)
+    checks = {check.name: check for check in results}
+    assert [checks[name].verdict for name in NAMES] == ["pass", "fail", "fail", "fail", "fail"]
+    assert "tensors differ, by" in checks["repeat"].what
+    assert "the loss differs from step 1 on" in checks["repeat"].what
+    assert "2 processes do not reach the end" in checks["processes"].what
 
 
-def test_a_counter_tells_tokens_that_went_astray():
-    counter = selfcheck.VisionTokenCounter()
+def test_the_counter_reports_tokens_that_did_not_reach_a_pool():
+    counter = VisionTokenCounter()
     assert counter.verdict()[0] == "not applicable"
     counter.has_pools = True
     assert counter.verdict() == ("not applicable", "no image in the rows of these steps")
-    counter.tokens, counter.forwards, counter.reached = (
-        6,
-        1,
-        {"layers.1.mlp.vision_moe": 6, "layers.2.mlp.vision_moe": 5},
-    )
+    counter.tokens, counter.forwards = 6, 1
+    counter.reached = {"layers.1.mlp.vision_moe": 6, "layers.2.mlp.vision_moe": 5}
     assert counter.verdict() == ("fail", "6 vision tokens, of which 5 reached layers.2.mlp.vision_moe")

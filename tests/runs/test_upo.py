@@ -273,7 +273,7 @@ def test_lost_routing_stops_the_run(when, checkpoints, mixed_prompts, tmp_path):
         return args, {**kwargs, "mm_token_type_ids": places, "moe_mm_token_type_ids": torch.zeros_like(ids)}
 
     backbone.register_forward_pre_hook(all_are_text, with_kwargs=True)
-    with pytest.raises(ModelError, match="reached the vision pool"):
+    with pytest.raises(ModelError, match="reached the vision experts"):
         if when == "loss":
             trainer._compute_loss(trainer.model, inputs)
         else:

@@ -1,9 +1,10 @@
-"""The same steps on one process and on several, case by case: what tests/distributed/test_scale.py starts, and all by hand with
+"""The same steps on one process and on several, case by case: started by tests/distributed/test_scale.py, or with
 
-    python -m tests.support.multi_process FOLDER          # every scope and stage, DDP and FSDP2, 2 and 4 processes: half an hour
+    python -m tests.support.multi_process FOLDER    # every scope and stage, DDP and FSDP2, 2 and 4 ranks: half an hour
 
-Processes meet by gloo. The rows of a step are dealt so that some processes see images where others see text. All cases
-share the processes, for to start them takes longer than to train a tiny model for ten steps.
+Ranks meet over gloo. The rows of a step are ordered so that some ranks see images while others see text. All cases of
+a launch share the processes, which are forked from one that has imported everything: importing takes longer than
+training a tiny model for ten steps.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from ernie_align.models.distributed.layout import ParallelLayout
-from tests.support.runs import ROOT, logged, recipe_of, run_quietly, write_rows
+from tests.support.processes import Ranks, import_all
+from tests.support.runs import ROOT, logged, recipe_of, run_quietly, stopped_after, write_rows
 
-A_STEP = 4  # examples, of all processes
+BATCH = 4  # examples of a step, over all ranks
 GENERATIONS = 4
-END = 2  # of the tiny tokenizer
-_some_end_at_once = False  # whether the completions of the second half of a step's prompts are empty
+END = 2  # id of the token that ends a completion of the tiny tokenizer
+_some_end_at_once = False  # the completions of the second half of a step's prompts are empty
 PARALLEL = {"ep": ParallelLayout(ep_size=2), "tp": ParallelLayout(tp_size=2, ep_size=2)}
 SCOPES = ("attention", "dense_mlp", "shared_experts", "text_experts", "vision_experts")
 SCOPES += ("text_router", "vision_router", "vision_tower", "resampler")
@@ -35,18 +37,18 @@ ADAPTER = {"rank": 4, "alpha": 8, "scopes": [*VISION, "attention", "text_experts
 
 
 def make_rows(folder: Path, digits: Path) -> None:
-    """Rows, pairs and prompts, four to a step: images in the first half of it, text alone, images alone, by turns.
+    """Write rows, pairs and prompts, four to a step, in turns: images in its first half, only text, only images.
 
-    A step of text alone is followed by others: were it taken for one that teaches vision parts, the next would show.
+    A step of text is followed by others: if it changed vision parts, the losses of the next would show it.
     """
     shutil.copytree(digits / "images", folder / "images")
-    shows = ((True, True, False, False), (False,) * 4, (True,) * 4)
+    has_images = ((True, True, False, False), (False,) * 4, (True,) * 4)
 
     def mixed(with_images: list[dict], text: list[dict], name: str) -> None:
-        order = [images for step in range(10) for images in shows[step % 3]]
+        order = [images for step in range(10) for images in has_images[step % 3]]
         write_rows(folder / f"{name}.jsonl", [(with_images if images else text).pop(0) for images in order])
 
-    def asked(name: str) -> list[dict]:
+    def rows_with_images(name: str) -> list[dict]:
         rows = [json.loads(line) for line in (digits / name).read_text().splitlines()]
         return [row for row in rows if row.get("images")]
 
@@ -67,7 +69,7 @@ def make_rows(folder: Path, digits: Path) -> None:
         }
         for row in plain
     ]
-    mixed(asked("val.jsonl"), messages, "rows")
+    mixed(rows_with_images("val.jsonl"), messages, "rows")
     pairs = [
         {
             "prompt": [{"role": "user", "content": row["question"]}],
@@ -77,34 +79,37 @@ def make_rows(folder: Path, digits: Path) -> None:
         }
         for row in plain
     ]
-    mixed(asked("preferences-val.jsonl"), pairs, "pairs")
+    mixed(rows_with_images("preferences-val.jsonl"), pairs, "pairs")
     prompts = [{"prompt": row["prompt"], "images": []} for row in pairs]
-    shown = [{"prompt": row["messages"][:1], "images": row["images"]} for row in asked("val.jsonl")]
-    mixed(shown, prompts, "prompts")
+    visual = [{"prompt": row["messages"][:1], "images": row["images"]} for row in rows_with_images("val.jsonl")]
+    mixed(visual, prompts, "prompts")
 
 
 def make_adapter(folder: Path, model: Path) -> None:
-    """A finished adapter, which the cases of +continued go on with."""
+    """Write a finished adapter, with which the cases of +continued start."""
     made = recipe_of("lora", model, folder / "rows.jsonl", folder / "adapter", adapter=ADAPTER)
     made["training"] |= {"max_steps": 2}
     run_quietly(made)
 
 
 def recipe(case: str, folder: Path, model: Path, processes: int, steps: int, resume: bool) -> dict[str, Any]:
-    """A case is a stage and what it trains, sharded or not: sft-all, lora-vision, fsdp2:dpo-adapter, ..."""
+    """Return the recipe of a case: a stage and what it trains, sharded or not: sft-all, lora-vision, fsdp2:dpo-adapter.
+
+    On one process, the way of sharding makes no difference, except for what it means to train bfloat16 weights.
+    """
     sharing, _, rest = case.rpartition(":")
     stage, _, what = rest.partition("-")
     rows = folder / {"sft": "rows", "lora": "rows", "dpo": "pairs", "upo": "prompts"}[stage]
     made = recipe_of(stage, model, rows.with_suffix(".jsonl"), run_dir(case, folder, processes, resume))
     made["training"] |= {
         "max_steps": steps,
-        "per_device_train_batch_size": A_STEP // (processes // (2 if sharing == "tp" and processes > 1 else 1)),
+        "per_device_train_batch_size": BATCH // (processes // (2 if sharing == "tp" and processes > 1 else 1)),
         "train_sampling_strategy": "sequential",
         "gradient_checkpointing": what.endswith("checkpointing"),
         "learning_rate": 3e-4,
-        # Adam divides a gradient by its own size: one of 1e-8, a good part of which is rounding, moves its weight by
-        # half the learning rate, and in the next step a token turns to another expert that all but ties. From 1e-5 up,
-        # gradients here are well above their rounding (6e-8 at most).
+        # Adam divides a gradient by its own size: one of 1e-8, a large part of which is rounding, moves its weight by
+        # half the learning rate, and in the next step a token is routed to another expert of almost the same score.
+        # Gradients above 1e-5 are well above their rounding (6e-8 at most).
         "adam_epsilon": 1e-5,
     }
     if sharing in ("zero2", "zero3"):
@@ -112,10 +117,10 @@ def recipe(case: str, folder: Path, model: Path, processes: int, steps: int, res
     if what.endswith("+streaming"):
         made["data"]["streaming"] = True
         made["training"].pop("train_sampling_strategy")
-    if stage in ("sft", "dpo"):  # rows that no number of processes divides
+    if stage in ("sft", "dpo"):  # a number of rows that no number of ranks divides
         made["data"]["eval"] = [{"path": str(rows.with_suffix(".jsonl")), "limit": 7}]
         made["training"] |= {"per_device_eval_batch_size": 2}
-    if sharing:
+    if sharing or processes == 1:
         made["training"] |= {"save_strategy": "steps", "save_steps": 2}
     scope = what.partition("+")[0]
     if what == "weights":
@@ -128,7 +133,7 @@ def recipe(case: str, folder: Path, model: Path, processes: int, steps: int, res
     if what.endswith("+continued"):
         made["adapter"]["path"] = str(folder / "adapter" / "final")
     if what.endswith("+bfloat16"):
-        # FSDP2 trains float32 copies and computes in bfloat16, which on one process is asked for in this way
+        # FSDP2 trains float32 copies and computes in bfloat16; on one process, this is float32 under autocast
         copies = sharing == "fsdp2" and processes == 1 and not resume
         made["model"]["dtype"] = "float32" if copies else "bfloat16"
         made["training"]["bf16"] = True
@@ -137,21 +142,26 @@ def recipe(case: str, folder: Path, model: Path, processes: int, steps: int, res
             {"name": "contains", "text": "e", "label": "has_e"},
             {"name": "contains", "text": "a", "label": "has_a", "weight": 0.3},
         ]
-        all_teach = {"always_right": False, "always_wrong": False, "refills": 0}
-        made["upo"] = {"num_generations": GENERATIONS, "max_completion_length": 6, "filter": all_teach}
+        no_filter = {"always_right": False, "always_wrong": False, "refills": 0}
+        made["upo"] = {"num_generations": GENERATIONS, "max_completion_length": 6, "filter": no_filter}
         made["training"].pop("train_sampling_strategy")
         made["training"]["per_device_train_batch_size"] *= GENERATIONS
     return made
 
 
 def run_dir(case: str, folder: Path, processes: int, resume: bool = False) -> Path:
-    """Where a case is kept."""
+    """Return the run directory of a case. On one process, cases that differ only in their sharding are one run."""
+    if processes == 1 and not resume and "bfloat16" not in case:
+        case = case.rpartition(":")[2]
     return folder / f"{case.replace(':', '-')}-{'resumed-' if resume else ''}{processes}"
 
 
-def draw_by_place(probabilities: Any, num_samples: int) -> Any:
-    """In the place of torch.multinomial: each completion is drawn by its place in its group alone. `generate` draws a
-    batch from one stream of numbers, so that a rollout dealt to two processes would be another one."""
+def sample_by_position(probabilities: Any, num_samples: int) -> Any:
+    """Replace torch.multinomial: sample each completion by its position in its group only.
+
+    `generate` samples a whole batch from one stream of random numbers, so that a rollout split over two ranks would be
+    another one.
+    """
     import torch
 
     row = torch.arange(len(probabilities))
@@ -159,7 +169,7 @@ def draw_by_place(probabilities: Any, num_samples: int) -> Any:
     drawn = (probabilities.cumsum(dim=-1) < quantile).sum(dim=-1, keepdim=True)
     if _some_end_at_once:
         row += len(row) * int(os.environ.get("RANK", 0))
-        drawn[row >= A_STEP * GENERATIONS // 2] = END
+        drawn[row >= BATCH * GENERATIONS // 2] = END
     return drawn
 
 
@@ -175,8 +185,8 @@ HSDP = FSDP2 | {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
     "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
     "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
-}  # and of fsdp2_nodes.yaml, on two machines of two processes each
-# and of zero2.yaml and zero3.yaml
+}  # of fsdp2_nodes.yaml, on two machines of two processes each
+# of zero2.yaml and zero3.yaml
 ZERO2 = {
     "ACCELERATE_USE_DEEPSPEED": "true",
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
@@ -184,7 +194,7 @@ ZERO2 = {
     "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
     "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
     "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
-    "ACCELERATE_USE_CPU": "false",  # told that there are none, Accelerate leaves DeepSpeed out
+    "ACCELERATE_USE_CPU": "false",  # with true, Accelerate ignores DeepSpeed
     "DS_ACCELERATOR": "cpu",
 }
 ZERO3 = ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
@@ -192,8 +202,8 @@ ZERO3 = ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 
 @contextmanager
 def gpus_on_the_cpu(**environment: str) -> Iterator[None]:
-    """Accelerate takes FSDP for DDP where there is no accelerator, and says nothing, and refuses tensor parallelism
-    there. All the rest of it works on gloo as on NCCL, once its state says that the processes have GPUs."""
+    """Make Accelerate use FSDP and tensor parallelism on the CPU: it would silently fall back to DDP, or refuse. All
+    the rest works on gloo as on NCCL, once its state says that the processes have GPUs."""
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
@@ -212,35 +222,54 @@ def gpus_on_the_cpu(**environment: str) -> Iterator[None]:
         os.environ.update(before)
 
 
-def launch(
-    folder: Path, model: Path, processes: int, cases: list[str], *, steps: int = 10, resume: bool = False
-) -> None:
-    """Run the cases in so many processes. Raises AssertionError with what they said where one fails."""
-    import socket
+class Launcher:
+    """Starts the cases on several ranks, all of them forked from one process that has imported everything."""
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    wanted = [str(folder), str(model), str(steps), "resume" if resume else "begin"]
-    started = []
-    for rank in range(processes):
-        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-        env |= {name: str(value) for name, value in place.items()}
-        log = (folder / f"process-{rank}-of-{processes}.log").open("w")
-        command = [sys.executable, "-m", "tests.support.multi_process", *wanted, *cases]
-        started.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(600 * len(cases)) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    said = "\n".join((folder / f"process-{rank}-of-{processes}.log").read_text()[-3000:] for rank in range(processes))
-    assert not any(codes), said
+    def __init__(self, folder: Path, model: Path, *, steps: int = 10):
+        self.folder, self.model, self.steps = folder, model, steps
+        command = [sys.executable, "-m", "tests.support.multi_process", "--serve"]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.server = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def launch(self, processes: int, cases: list[str], *, resume: bool = False) -> None:
+        """Run the cases one after the other on so many ranks. Raises AssertionError with their output if one fails."""
+        request = [str(self.folder), str(self.model), self.steps, processes, resume, cases]
+        print(json.dumps(request), file=self.server.stdin, flush=True)
+        codes = json.loads(self.server.stdout.readline())
+        logs = [self.folder / f"launch-of-{processes}-{rank}.log" for rank in range(processes)]
+        assert not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
+
+    def __enter__(self) -> Launcher:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.server.stdin.close()
+        self.server.wait()
+
+
+def serve() -> None:
+    """Fork ranks for each request of a Launcher, and answer with their exit codes."""
+    import torch
+
+    import_all()
+    torch.multinomial = sample_by_position
+    for line in sys.stdin:
+        folder, model, steps, processes, resume, cases = json.loads(line)
+
+        def run_cases(rank: int, folder=Path(folder), model=Path(model), steps=steps, resume=resume, cases=cases):
+            torch.distributed.init_process_group("gloo")
+            for case in cases:
+                with recorded_shards(run_dir(case, folder, int(os.environ["WORLD_SIZE"]), resume)):
+                    run_case(case, folder, model, steps, resume=resume)
+
+        ranks = Ranks(Path(folder), f"launch-of-{processes}", run_cases, count=processes)
+        print(json.dumps([-1 if code is None else code for code in ranks.wait(limit=600 * len(cases))]), flush=True)
 
 
 def run_case(case: str, folder: Path, model: Path, steps: int, *, resume: bool = False) -> None:
-    """One case in this process, which is one of several or the only one."""
+    """Run a case in this process, which is one of several ranks or the only one."""
     global _some_end_at_once
     import torch
 
@@ -262,9 +291,9 @@ def run_case(case: str, folder: Path, model: Path, steps: int, *, resume: bool =
 
 
 @contextmanager
-def held_is_written(run: Path) -> Iterator[None]:
-    """While it lasts, each step of an optimizer writes what this process holds: values of trained weights, of their
-    gradients and of their moments, and `whole`, what all of these weights come to, name by name."""
+def recorded_shards(run: Path) -> Iterator[None]:
+    """Let each optimizer step write what this rank holds to shards-RANK.json: the number of elements of trained
+    weights, of their gradients and of their moments, and `shapes`, those of the whole weights."""
     from torch.distributed.tensor import DTensor
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -274,14 +303,14 @@ def held_is_written(run: Path) -> Iterator[None]:
     def write(optimizer: Any, args: Any, kwargs: Any) -> None:
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         moments = [value for weight in weights for value in optimizer.state[weight].values() if value.ndim]
-        held = {
-            "whole": [list(weight.shape) for weight in weights],
+        sizes = {
+            "shapes": [list(weight.shape) for weight in weights],
             "weights": [local(weight) for weight in weights],
             "gradients": [0 if weight.grad is None else local(weight.grad) for weight in weights],
             "moments": sum(map(local, moments)),
         }
-        if any(held["gradients"]):
-            (run / f"held-{os.environ['RANK']}.json").write_text(json.dumps(held))
+        if any(sizes["gradients"]):
+            (run / f"shards-{os.environ['RANK']}.json").write_text(json.dumps(sizes))
 
     handle = register_optimizer_step_post_hook(write)
     try:
@@ -290,21 +319,20 @@ def held_is_written(run: Path) -> Iterator[None]:
         handle.remove()
 
 
-def apart(one: Path, other: Path, key: str = "loss") -> float:
-    """How far the losses of two runs are from each other at most."""
+def max_difference(one: Path, other: Path, key: str = "loss") -> float:
+    """Return the largest difference between the logged values of two runs."""
     pairs = zip(logged(one, key), logged(other, key), strict=True)
     return max(abs(left - right) for left, right in pairs)
 
 
-def by_hand(folder: Path) -> None:
-    """Every case against one process, and the checkpoint of two on one and on four. Prints a table."""
+def compare_all(folder: Path) -> None:
+    """Compare every case with one process, and the checkpoint of two ranks on one and on four. Prints a table."""
     import torch
 
-    from ernie_align.report.console import quiet_libraries
     from ernie_align.tiny import make_checkpoint, make_digits
 
-    quiet_libraries()
-    torch.multinomial = draw_by_place
+    import_all()
+    torch.multinomial = sample_by_position
     folder.mkdir(parents=True)
     model, digits = make_checkpoint("vl_moe", folder / "model"), make_digits(folder / "digits")
     make_rows(folder, digits)
@@ -314,60 +342,34 @@ def by_hand(folder: Path) -> None:
     cases += ["upo-adapter+continued", "sft-all+bfloat16"]
     sharded = [f"{way}:{case}" for way in ("fsdp2", "ep") for case in cases] + ["tp:sft-all"]
     if importlib.util.find_spec("deepspeed"):
-        zero3 = ["sft-all", "lora-adapter", "lora-text_experts"]  # what it is refused for: runs.launched
+        zero3 = ["sft-all", "lora-adapter", "lora-text_experts"]  # runs.distributed rejects the others
         zero2 = [*zero3, "lora-vision+checkpointing", "dpo-adapter", "upo-adapter"]
         sharded += [f"zero2:{case}" for case in zero2] + [f"zero3:{case}" for case in zero3]
-    of_four = ("sft-all", "dpo-adapter", "upo-adapter")
-    four = [case for case in cases + sharded if case.endswith(of_four) and "zero" not in case]
-    four += [f"hsdp:{case}" for case in of_four]
-    for processes, chosen in ((2, cases + sharded), (4, four)):
-        for some in (chosen[start : start + 7] for start in range(0, len(chosen), 7)):
-            for case in some:
-                if not run_dir(case, folder, 1).exists():
-                    run_case(case, folder, model, 10)
-            launch(folder, model, processes, some)
-            for case in some:
-                found = apart(run_dir(case, folder, 1), run_dir(case, folder, processes))
-                print(f"{case:34} {processes} processes: {found:.1e}", flush=True)
-    for way, begun, others in (("fsdp2", 2, (1, 4)), ("ep", 2, (1, 4)), ("hsdp", 4, (1, 2, 4))):
-        for case, processes in product((f"{way}:sft-all", f"{way}:dpo-adapter"), others):
-            goes_on(case, folder, model, 10, after=4, processes=processes, begun=begun)
-            found = apart(run_dir(case, folder, begun), run_dir(case, folder, processes, resume=True))
-            print(f"{case:34} checkpoint of {begun} on {processes}: {found:.1e}", flush=True)
-
-
-def goes_on(case: str, folder: Path, model: Path, steps: int, *, after: int, processes: int, begun: int = 2) -> Path:
-    """What so many processes began, gone on with from a checkpoint on others. Returns the run directory."""
-    from tests.support.runs import stopped_after
-
-    again = run_dir(case, folder, processes, resume=True)
-    shutil.rmtree(again, ignore_errors=True)
-    stopped_after(after, run_dir(case, folder, begun), again)
-    if processes == 1:
-        run_case(case, folder, model, steps, resume=True)
-    else:
-        launch(folder, model, processes, [case], steps=steps, resume=True)
-    return again
-
-
-def main() -> None:
-    """All by hand, or one process of `launch`."""
-    from ernie_align.report.console import quiet_libraries
-
-    if len(sys.argv) == 2:
-        by_hand(Path(sys.argv[1]))
-        return
-    import torch
-
-    quiet_libraries()
-    torch.multinomial = draw_by_place
-    torch.distributed.init_process_group("gloo")
-    folder, model, steps, how, *cases = sys.argv[1:]
-    processes = torch.distributed.get_world_size()
-    for case in cases:
-        with held_is_written(run_dir(case, Path(folder), processes, how == "resume")):
-            run_case(case, Path(folder), Path(model), int(steps), resume=how == "resume")
+    on_four = ("sft-all", "dpo-adapter", "upo-adapter")
+    four = [case for case in cases + sharded if case.endswith(on_four) and "zero" not in case]
+    four += [f"hsdp:{case}" for case in on_four]
+    with Launcher(folder, model) as launcher:
+        for processes, chosen in ((2, cases + sharded), (4, four)):
+            for some in (chosen[start : start + 7] for start in range(0, len(chosen), 7)):
+                for case in some:
+                    if not run_dir(case, folder, 1).exists():
+                        run_case(case, folder, model, 10)
+                launcher.launch(processes, some)
+                for case in some:
+                    difference = max_difference(run_dir(case, folder, 1), run_dir(case, folder, processes))
+                    print(f"{case:34} {processes} ranks: {difference:.1e}", flush=True)
+        for way, ranks, others in (("fsdp2", 2, (1, 4)), ("ep", 2, (1, 4)), ("hsdp", 4, (1, 2, 4))):
+            for case, processes in product((f"{way}:sft-all", f"{way}:dpo-adapter"), others):
+                again = run_dir(case, folder, processes, resume=True)
+                shutil.rmtree(again, ignore_errors=True)
+                stopped_after(4, run_dir(case, folder, ranks), again)
+                if processes == 1:
+                    run_case(case, folder, model, 10, resume=True)
+                else:
+                    launcher.launch(processes, [case], resume=True)
+                difference = max_difference(run_dir(case, folder, ranks), again)
+                print(f"{case:34} checkpoint of {ranks} on {processes}: {difference:.1e}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    serve() if sys.argv[1:] == ["--serve"] else compare_all(Path(sys.argv[1]))

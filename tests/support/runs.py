@@ -47,7 +47,7 @@ def recipe_of(stage: str, model: Path, train: Path, run_dir: Path, **blocks: Any
         },
         "run": {"dir": str(run_dir)},
     }
-    if stage in ("lora", "dpo"):
+    if stage in ("lora", "dpo", "kto"):
         recipe["adapter"] = {"scopes": ["attention"], "rank": 4, "alpha": 8}
     for name, values in blocks.items():
         recipe[name] = {**recipe.get(name, {}), **values}
@@ -70,6 +70,11 @@ def logged(run_dir: Path, key: str = "loss") -> list[float]:
     return [line[key] for line in lines if key in line]
 
 
+def relative_difference(values, expected):
+    """Return the largest difference of two tensors, relative to the largest expected value: independent of scale."""
+    return float((values - expected).abs().max() / expected.abs().max())
+
+
 def tensors_of(folder: Path) -> dict[str, Any]:
     """All weights in a folder's safetensors files."""
     from safetensors.torch import load_file
@@ -81,7 +86,7 @@ def batch_with_images(bundle: Any, digits: Path) -> dict[str, Any]:
     """Two images in one row, one in the next, none in the third; the shorter rows are padded."""
     from ernie_align.data.collate import Collator
     from ernie_align.data.formats import canonicalize
-    from ernie_align.evaluation.generate import renderer_of
+    from ernie_align.data.render import renderer_of
 
     renderer = renderer_of(bundle)
     rows = [
@@ -104,12 +109,22 @@ def long_run(stage, checkpoints, family, rows, run_dir, **blocks):
 
 
 def stopped_after(step, run_dir, copy):
-    """What a run that was killed after a step has left: no final folder, no later checkpoint, metrics from beyond."""
+    """Copy a run as if it was killed after a step: no final folder, no later checkpoint, but later metrics."""
     shutil.copytree(run_dir, copy)
     shutil.rmtree(copy / "final")
     for checkpoint in copy.glob("checkpoint-*"):
         if int(checkpoint.name.removeprefix("checkpoint-")) > step:
             shutil.rmtree(checkpoint)
+
+
+def assert_same_run(run_dir, expected):
+    """Assert that two runs have logged the same losses and finished with the same weights, bit for bit."""
+    import torch
+
+    tensors, expected_tensors = tensors_of(run_dir / "final"), tensors_of(expected / "final")
+    assert logged(run_dir) == logged(expected)
+    assert tensors.keys() == expected_tensors.keys()
+    assert all(torch.equal(tensor, expected_tensors[name]) for name, tensor in tensors.items())
 
 
 def preference(question, chosen, rejected):
@@ -118,8 +133,8 @@ def preference(question, chosen, rejected):
     return {"prompt": [{"role": "user", "content": question}], **answers}
 
 
-def trainer_of(recipe):
-    """The trainer that a run of this recipe has, its policy moved away from its reference."""
+def trainer_of(recipe, *, noise=0.02):
+    """The trainer that a run of this recipe has, its policy moved away from its reference by some noise."""
     import torch
 
     from ernie_align.models.load import load_model
@@ -139,7 +154,7 @@ def trainer_of(recipe):
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
-                parameter += 0.02 * torch.randn_like(parameter)
+                parameter += noise * torch.randn_like(parameter)
     return trainer
 
 
@@ -151,20 +166,3 @@ def stir(model):
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.02)
-
-
-class Reporter:
-    """Remembers what was said, and brings a callback of the test's own."""
-
-    def __init__(self, *callbacks):
-        self.lines = []
-        self.callbacks = list(callbacks)
-
-    def log(self, line):
-        self.lines.append(line)
-
-    def progress(self):
-        return self.callbacks
-
-    def __getattr__(self, name):
-        return lambda *args: None

@@ -12,7 +12,7 @@ from ernie_align.models.trainable_parts import adapter_targets, parameter_summar
 from ernie_align.recipe import ADAPTABLE, PARTS, AdapterBlock, PartAdapter, PartTune, TuneBlock
 
 
-def anatomy_of(checkpoint) -> Architecture:
+def architecture_of(checkpoint) -> Architecture:
     return Architecture.from_config(json.loads((checkpoint / "config.json").read_text()))
 
 
@@ -28,9 +28,9 @@ def real_class(family):
 
 def test_the_table_is_the_model(checkpoints, family):
     model = real_class(family).from_pretrained(checkpoints[family])
-    told = [(tensor.name, tensor.shape) for tensor in anatomy_of(checkpoints[family]).tensors]
+    told = [(tensor.name, tensor.shape) for tensor in architecture_of(checkpoints[family]).tensors]
     assert told == [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
-    assert {tensor.part for tensor in anatomy_of(checkpoints[family]).tensors} <= set(PARTS)
+    assert {tensor.part for tensor in architecture_of(checkpoints[family]).tensors} <= set(PARTS)
 
 
 @pytest.mark.parametrize(
@@ -63,9 +63,8 @@ def test_an_untied_head_is_a_part_of_its_own():
         model = cls(cls.config_class(**{key: value for key, value in config.items() if key != "model_type"}))
     architecture = Architecture.from_config(config)
     assert {t.name: t.shape for t in architecture.tensors} == {n: tuple(p.shape) for n, p in model.named_parameters()}
-    assert [t.name for t in architecture.of("lm_head")] == [
-        "lm_head.weight"
-    ] and "shared_experts" not in architecture.parts
+    assert [t.name for t in architecture.by_part["lm_head"]] == ["lm_head.weight"]
+    assert "shared_experts" not in architecture.by_part
 
 
 @pytest.mark.parametrize(
@@ -83,12 +82,12 @@ def test_other_models_are_refused(config, says):
 
 
 def test_a_scope_that_matches_nothing_is_an_error(checkpoints):
-    architecture = {family: anatomy_of(path) for family, path in checkpoints.items()}
-    with pytest.raises(ModelError, match=r"vision_experts is no part of this model \(moe\)"):
+    architecture = {family: architecture_of(path) for family, path in checkpoints.items()}
+    with pytest.raises(ModelError, match=r"this model \(moe\) has no vision_experts"):
         adapter_targets(architecture["moe"], AdapterBlock(scopes=["attention", "vision_experts"]))
-    with pytest.raises(ModelError, match="tied to embeddings"):
+    with pytest.raises(ModelError, match="tied to the embeddings"):
         tuned_parameters(architecture["dense"], TuneBlock(scopes=["lm_head"]))
-    with pytest.raises(ModelError, match="vision_experts stands in layers 1-3"):
+    with pytest.raises(ModelError, match="choose from layers 1-3, which have vision_experts"):
         adapter_targets(architecture["vl_moe"], AdapterBlock(scopes=["vision_experts"], layers="0"))
     with pytest.raises(ModelError, match="the language model has layers 0-3"):
         adapter_targets(architecture["vl_moe"], AdapterBlock(scopes=["attention"], layers="2-9"))
@@ -97,7 +96,7 @@ def test_a_scope_that_matches_nothing_is_an_error(checkpoints):
 
 
 def test_layers_choose_by_the_parts_own_stack(checkpoints):
-    architecture = anatomy_of(checkpoints["vl_moe"])
+    architecture = architecture_of(checkpoints["vl_moe"])
     block = AdapterBlock(
         scopes={"vision_experts": None, "vision_tower": PartAdapter(layers=[1], rank=4)}, layers="2-3", rank=8
     )
@@ -110,7 +109,7 @@ def test_layers_choose_by_the_parts_own_stack(checkpoints):
 
 
 def test_tuning_leaves_the_correction_biases_alone(checkpoints, family):
-    architecture = anatomy_of(checkpoints[family])
+    architecture = architecture_of(checkpoints[family])
     chosen = {tensor.name for tensor in tuned_parameters(architecture, TuneBlock())}
     left = [tensor for tensor in architecture.tensors if tensor.name not in chosen]
     assert all(tensor.kind == "frozen" for tensor in left)
@@ -120,14 +119,14 @@ def test_tuning_leaves_the_correction_biases_alone(checkpoints, family):
 
 
 def test_all_means_every_part_the_model_has(checkpoints, family):
-    architecture = anatomy_of(checkpoints[family])
+    architecture = architecture_of(checkpoints[family])
     targets = adapter_targets(architecture, AdapterBlock(scopes="all"))
-    assert {t.tensor.part for t in targets} == set(architecture.parts) & set(ADAPTABLE)
+    assert {t.tensor.part for t in targets} == set(architecture.by_part) & set(ADAPTABLE)
 
 
-def test_coverage_counts_lora_by_hand(checkpoints):
+def test_the_summary_counts_lora_parameters(checkpoints):
     """Rank 4 on attention of one layer: q, o (128 x 128), k, v (64 x 128); on experts 8 x (in + out)."""
-    architecture = anatomy_of(checkpoints["vl_moe"])
+    architecture = architecture_of(checkpoints["vl_moe"])
     block = AdapterBlock(scopes=["attention", "text_experts"], layers="1", rank=4)
     table = {row.part: row for row in parameter_summary(architecture, adapter_targets(architecture, block)).rows}
     assert table["attention"].trainable == 4 * (2 * (128 + 128) + 2 * (64 + 128))

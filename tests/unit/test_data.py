@@ -104,7 +104,7 @@ BROKEN = [
     (lambda path: path.write_text(""), "is empty", ""),
     (lambda path: path.write_text("\n\n"), "is empty|no rows|cannot be read", ""),
     (lambda path: path.write_text(json.dumps(ROWS[0]) + '\n{"messages": [\n'), "not JSON", ":2"),
-    (lambda path: path.write_text(json.dumps(ROWS[0]) + "\n\n[1]\n"), "a row is a JSON object", ":3"),
+    (lambda path: path.write_text(json.dumps(ROWS[0]) + "\n\n[1]\n"), "the row is not a JSON object", ":3"),
     (lambda path: write_rows(path, [{"foo": 1}]), "no known format has the columns foo", ":1"),
 ]
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from ernie_align.cli import app
 from ernie_align.dataset_report import Histogram
-from ernie_align.dataset_report.scripts import letters_by_script
+from ernie_align.dataset_report.inspect_sources import letters_by_script
 from ernie_align.runs import check_data, load_recipe, prepare_data, set_up
 from tests.support.runs import recipe_of, write_rows
 
@@ -69,7 +69,7 @@ def test_every_faulty_row_is_found_and_none_stops_it(mixed, checkpoints, tmp_pat
         5: "a broken image",
         6: "image parts and images differ",
         12: "not JSON",
-        13: "not an object",
+        13: "the row is not a JSON object",
     }
     assert (found.count.rows, found.count.kept, found.faulty, found.sound) == (14, 7, 6, False)
     assert found.count.dropped_rows == {"over data.max_length 64": [f"{mixed}:11"]}
@@ -181,7 +181,7 @@ def test_the_command_writes_tables_json_and_a_page(mixed, checkpoints, tmp_path)
     told = doctor(recipe, "--json", tmp_path / "found.json", "--out", tmp_path / "page.html", "--workers", 1)
     assert told.exit_code == 5
     assert f"{mixed}:5: " in told.output and "no such file" in told.output
-    assert "NOT SOUND: 6 faulty rows, 1 unreadable sources; 14 rows of 2 sources" in told.output
+    assert "FAULTS: 6 faulty rows, 1 unreadable sources; 14 rows of 2 sources" in told.output
     found = json.loads((tmp_path / "found.json").read_text())
     assert [source["faulty"] for source in found["sources"]] == [6, 0] and not found["sound"]
     page = ET.fromstring((tmp_path / "page.html").read_text())  # well-formed
@@ -195,7 +195,7 @@ def test_sound_rows_give_exit_code_0(checkpoints, digits, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_of("sft", checkpoints["vl_moe"], digits / "val.jsonl", tmp_path / "run")))
     told = doctor(recipe, "data.train.0.limit=20", "--workers", 1)
-    assert told.exit_code == 0 and "sound: 20 rows of 1 sources" in told.output
+    assert told.exit_code == 0 and "NO FAULTS: 20 rows of 1 sources" in told.output
 
 
 def test_histograms_add_up_and_are_near(tmp_path):

@@ -1,4 +1,4 @@
-"""Every measure by hand arithmetic, and against the examples of its reference implementation where there are some."""
+"""Every metric by hand arithmetic, and against examples of its reference implementation if it has one."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def test_wilson_by_hand():
 
 
 def test_the_bootstrap_of_a_mean_is_the_textbook_interval():
-    """Of 400 rows of 0 and 2 in equal number: mean 1, standard error 1 / sqrt(400) = 0.05, so 1 ± 0.098."""
+    """400 rows, half 0 and half 2: mean 1, standard error 1 / sqrt(400) = 0.05, so 1 ± 0.098."""
     parts = [(2.0 * (row % 2), 1.0) for row in range(400)]
-    # 2000 draws know a percentile to about a twentieth of the interval
+    # 2000 draws estimate a percentile to about a twentieth of the interval
     assert bootstrap_interval(parts) == pytest.approx((0.902, 1.098), abs=0.01)
     assert bootstrap_interval(parts) == bootstrap_interval(parts)
     assert bootstrap_interval([(0.7, 1.0)]) == (0.7, 0.7)
@@ -38,7 +38,7 @@ def test_a_ratio_weighs_rows_by_their_tokens():
     assert (low, high) == (0.2, 3.0)  # one row twice, at either end
 
 
-def test_pairing_takes_out_what_rows_share():
+def test_pairing_removes_variance_between_rows():
     """Rows from 0 to 99, the other better by exactly 1 on each: unpaired the means overlap, paired they cannot."""
     theirs = [(float(row), 1.0) for row in range(100)]
     ours = [(value + 1, weight) for value, weight in theirs]

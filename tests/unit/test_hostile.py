@@ -21,13 +21,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ernie_align.data.collate import RowEncoder
-from ernie_align.data.load import SourceStats, encode_source
+from ernie_align.data.load import encode_source
 from ernie_align.data.pairs import PairEncoder
 from ernie_align.data.prompts import PromptEncoder
 from ernie_align.data.row import RowFault
 from ernie_align.data.sources import Source
 from ernie_align.dataset_report.inspect_sources import RowInspector
-from ernie_align.dataset_report.source_report import SourceReport
 from ernie_align.errors import AlignError, DataError, Fault, RecipeError
 from ernie_align.recipe import DataBlock, SourceBlock, to_yaml
 from ernie_align.runs import load_recipe
@@ -195,7 +194,7 @@ def media_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def encoders(checkpoints):
     """(family, encoder name) -> encoder. The thinking template of the family is the checkpoint's own."""
-    from ernie_align.evaluation.generate import make_renderer
+    from ernie_align.data.render import make_renderer
     from ernie_align.models.checkpoint_files import CheckpointFiles
     from ernie_align.models.pixels import ImageSizes
     from ernie_align.models.routing import ModalityTokens
@@ -243,7 +242,7 @@ def judged(line, format, folder, encode):
         except AlignError as error:
             return [fault.where for fault in error.faults]
         rows = len(reader.source.rows)
-        found = reader.rows(0, rows, SourceReport("train", SourceStats("rows"), encode.max_length))
+        found = reader.inspect(0, rows)
     assert found.count.rows == rows
     named = [named for reason in found.faults.values() for named in reason.named]
     assert all(what and kind for kind in found.faults for _, what, _ in found.faults[kind].named)
@@ -265,7 +264,7 @@ MENDED = {
     "an alias of itself": GOOD + "x: &x [*x]\n",
     "a number of 5000 digits": GOOD.replace("runs/x}", "runs/x, seed: " + "9" * 5000 + "}"),
     "NUL in a path": GOOD.replace("x.jsonl", '"x\\0.jsonl"'),
-    "half a character": GOOD.replace("runs/x", '"runs/\\ud800"'),
+    "half of a character": GOOD.replace("runs/x", '"runs/\\ud800"'),
     "not a number": GOOD + "training: {learning_rate: .nan}\n",
     "an endless weight": GOOD.replace("x.jsonl", "x.jsonl, weight: .inf"),
     "tabs": GOOD.replace("model:", "\tmodel:"),
@@ -291,7 +290,7 @@ def test_a_recipe_without_end_is_not_read_to_its_end(tmp_path):
     os.mkfifo(pipe)
     recipe = yaml.safe_load((ROOT / "recipes/demo/digits_upo.yaml").read_text())
     recipe["rewards"] = [{"name": f"{pipe}:pay"}]
-    with at_most(10), pytest.raises(RecipeError, match="no file"):
+    with at_most(10), pytest.raises(RecipeError, match="not a regular file"):
         load_recipe(recipe)
 
 
@@ -338,14 +337,14 @@ def test_rows_that_did_harm_are_refused_with_their_place(format, row, media_fold
 
 
 LINES = {
-    b'{"prompt": "a", "prompt": "b"}': "stands twice",
-    b'{"prompt": NaN}': "NaN is no JSON",
-    b'{"prompt": "\\ud800"}': "half a character",
+    b'{"prompt": "a", "prompt": "b"}': "duplicate key",
+    b'{"prompt": NaN}': "NaN is not valid JSON",
+    b'{"prompt": "\\ud800"}': "half of a character",
     b'{"prompt": "\xff"}': "not UTF-8",
     b'{"prompt": ' + b"9" * 5000 + b"}": "not JSON",
-    b'{"prompt": ' + b"[" * 100_000: "nested too deep|not JSON",
-    b"[1]": "a row is a JSON object",
-    b'"x"': "a row is a JSON object",
+    b'{"prompt": ' + b"[" * 100_000: "nested too deeply|not JSON",
+    b"[1]": "the row is not a JSON object",
+    b'"x"': "the row is not a JSON object",
     b'{"prompt": "a"': "not JSON",
 }
 
@@ -365,9 +364,9 @@ def test_json_that_readers_do_not_agree_about(line, kind, tmp_path, encoders):
     ("text", "says"),
     [
         ("[", "not JSON"),
-        ('[{"prompt": "a"}', "the list has no end|comma"),
-        ('[{"prompt": "a"},]', "without a row"),
-        ('[{"prompt": "a"}] 3', "behind the list"),
+        ('[{"prompt": "a"}', "the list is not closed|comma"),
+        ('[{"prompt": "a"},]', "without a row after it"),
+        ('[{"prompt": "a"}] 3', "text after the list"),
         ('[{"prompt": "a"} {"prompt": "a"}]', "a comma"),
         ('{"prompt": "a"} {"prompt": ', "not JSON"),
     ],
@@ -413,18 +412,17 @@ def test_tables_that_are_none_have_a_place(kind, tmp_path):
             pass  # it was a table after all, of other rows
 
 
-def test_a_row_without_end_is_told_and_not_held(tmp_path, monkeypatch):
+def test_an_endless_row_is_refused_without_being_held(tmp_path):
     from ernie_align.data import json_rows
 
-    monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 5 << 20)
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
         file.write(b'{"prompt": "one?"}\n')
         file.truncate(64 << 20)  # the rest is one line of zeros, which take no room on disk
     tracemalloc.start()
-    first, second = json_rows.places([str(path)])
-    with pytest.raises(RowFault, match="is over 5,242,880"):
-        json_rows.read(str(path), second)
+    first, second = json_rows.find_rows([str(path)])
+    with pytest.raises(RowFault, match="is over the limit of 5,242,880"):
+        json_rows.read_row(str(path), second, max_bytes=5 << 20)
     assert tracemalloc.get_traced_memory()[1] < 10 << 20 and first.line == 1 and second.line == 2
     tracemalloc.stop()
 

@@ -1,4 +1,4 @@
-"""Losses by hand, and against TRL's own numbers on one batch."""
+"""Losses against values computed on paper."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def test_simpo():
     assert found == pytest.approx(-log_sigmoid(1.5))
 
 
-def test_dpop_punishes_a_chosen_answer_that_became_less_likely():
-    """A ratio of 0.5 goes free: DPO. One of -0.5 with λ 2 costs 1: 0.1 · (-0.5 + 0.25 - 1) = -0.125"""
-    free = losses.dpop(CHOSEN, REJECTED, beta=0.1, lambda_=2.0)
-    assert free.item() == losses.dpo_sigmoid(CHOSEN, REJECTED, beta=0.1).item()
-    fallen = losses.dpop(-CHOSEN, REJECTED, beta=0.1, lambda_=2.0).item()
-    assert fallen == pytest.approx(-log_sigmoid(-0.125))
+def test_dpop_penalizes_a_chosen_answer_that_became_less_likely():
+    """A ratio of 0.5 has no penalty. One of -0.5 with λ 2 costs 1: 0.1 · (-0.5 + 0.25 - 1) = -0.125"""
+    unpenalized = losses.dpop(CHOSEN, REJECTED, beta=0.1, lambda_=2.0)
+    assert unpenalized.item() == losses.dpo_sigmoid(CHOSEN, REJECTED, beta=0.1).item()
+    penalized = losses.dpop(-CHOSEN, REJECTED, beta=0.1, lambda_=2.0).item()
+    assert penalized == pytest.approx(-log_sigmoid(-0.125))
 
 
 def test_length_normalized():
@@ -59,8 +59,8 @@ def test_length_normalized():
     assert (chosen.item(), rejected.item()) == (-1.5, -4.5)
 
 
-def test_token_logps_leave_out_what_is_ignored():
-    """Two words of equal logits: each is said with probability one half."""
+def test_token_logps_skip_ignored_labels():
+    """Two tokens with equal logits have probability one half each."""
     found = losses.token_logps(torch.zeros(1, 3, 2), torch.tensor([[0, -100, 1]]))
     assert found.tolist() == [[0.0, pytest.approx(math.log(0.5))]]
 
@@ -74,8 +74,8 @@ def test_clipped_policy():
     assert found.item() == pytest.approx(-(2.4 + 1.0 - 1.0) / 3)
 
 
-def test_a_bad_action_is_not_clipped_where_it_became_likelier():
-    """Ratio 1.5, A = -1: min(-1.5, -1.2) keeps the gradient that takes it back."""
+def test_a_bad_token_that_became_likelier_is_not_clipped():
+    """Ratio 1.5, A = -1: min(-1.5, -1.2) keeps the gradient that lowers it."""
     logps = torch.tensor([[math.log(1.5)]], requires_grad=True)
     found = losses.clipped_policy(logps, torch.zeros(1, 1), torch.tensor([-1.0]), torch.ones(1, 1), low=0.2, high=0.2)
     found.backward()
@@ -98,7 +98,7 @@ def test_best_and_worst_of_groups():
 
 
 def test_mismatch_ratio():
-    """Ratios 2, 1/2 and one token of which nothing is known; the sequence's is their product."""
+    """Ratios 2, 1/2 and one unknown token; the ratio of the sequence is their product."""
     here = torch.tensor([[0.0, 0.0, 0.0, 5.0]])
     there = torch.tensor([[-math.log(2), math.log(2), math.nan, 0.0]])
     mask = torch.tensor([[1, 1, 1, 0]])

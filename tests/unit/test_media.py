@@ -64,11 +64,11 @@ def test_a_truncated_image_is_told(format, tmp_path):
 
 def test_missing_and_foreign_files_are_told(tmp_path):
     (tmp_path / "a.png").write_text("no image")
-    with pytest.raises(RowFault, match=r"a\.png: no image"):
+    with pytest.raises(RowFault, match=r"a\.png: not an image"):
         media.image_size({"path": str(tmp_path / "a.png"), "bytes": None})
     with pytest.raises(RowFault, match="no such image"):
         media.image_size({"path": str(tmp_path / "b.png"), "bytes": None})
-    with pytest.raises(RowFault, match="an image of 3 bytes: no image"):
+    with pytest.raises(RowFault, match="an image of 3 bytes: not an image"):
         media.load_image({"path": None, "bytes": b"abc"})
     with pytest.raises(RowFault):
         media.load_image({"path": str(tmp_path), "bytes": None})
@@ -109,6 +109,6 @@ def test_the_cut_image_has_the_grid_that_was_counted(tmp_path):
 
 
 def test_an_aspect_over_200_is_refused():
-    with pytest.raises(ValueError, match="an aspect ratio of 201 is over 200"):
+    with pytest.raises(ValueError, match="the aspect ratio 201 exceeds 200"):
         ImageSizes().grid(1, 201)
     assert ImageSizes().grid(1, 200)

@@ -1,4 +1,4 @@
-"""A plan counts what a model really has and what autograd really keeps, and says what to change so that a run fits."""
+"""A plan counts a model's real parameters and what autograd really saves, and names a change with which a run fits."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ from ernie_align.models.architecture import Architecture
 from ernie_align.models.load import load_model
 from ernie_align.models.packed_attention import use_per_document_attention
 from ernie_align.models.trainable_parts import adapter_targets, tuned_parameters
-from ernie_align.planning.activations import kept
-from ernie_align.planning.compute import gpu_of, work
-from ernie_align.planning.configs import PRESETS, config_of
+from ernie_align.planning.activations import saved_activations
+from ernie_align.planning.compute import parse_gpu, step_cost
 from ernie_align.planning.memory import estimate_memory
-from ernie_align.planning.setting import Workload
-from ernie_align.planning.shape import ModelShape
+from ernie_align.planning.workload import PRESETS, ModelShape, Workload, load_config
 from ernie_align.recipe import AdapterBlock, TuneBlock
 from tests.support.runs import ROOT, recipe_of
 
@@ -60,14 +58,14 @@ def test_presets_are_the_class_defaults():
     ],
 )
 def test_family_members_have_their_size(name, low, high):
-    config, said = config_of(f"baidu/{name}-PT")
+    config, said = load_config(f"baidu/{name}-PT")
     assert low < Architecture.from_config(config).size < high and "built-in" in said
 
 
 def test_a_model_that_is_known_nowhere_is_refused(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError) as caught:
-        config_of("baidu/ERNIE-4.5-VL-424B-A47B-PT")
+        load_config("baidu/ERNIE-4.5-VL-424B-A47B-PT")
     assert "config.json" in caught.value.faults[0].fix
 
 
@@ -141,7 +139,7 @@ def test_activations_are_what_autograd_keeps(checkpoints, family, scopes, dtype)
         attach_adapter(bundle, block)
         targets = tuple(adapter_targets(architecture, block))
         parts = {target.tensor.part for target in targets}
-    setting = Workload(
+    workload = Workload(
         stage="sft",
         bytes_each=4 if dtype == "float32" else 2,
         rows=B,
@@ -156,10 +154,11 @@ def test_activations_are_what_autograd_keeps(checkpoints, family, scopes, dtype)
         device="cpu",
         padded=False,
     )
-    found = kept(setting, ModelShape.of(architecture, config)).held(checkpointing=False)
+    shape = ModelShape.of(architecture, config)
+    found = saved_activations(workload, shape).after_forward(checkpointing=False)
     assert found == pytest.approx(saved_by_autograd(bundle, getattr(torch, dtype)), rel=0.08)
     use_per_document_attention(bundle.model)
-    found = kept(replace(setting, flat=True), ModelShape.of(architecture, config)).held(checkpointing=False)
+    found = saved_activations(replace(workload, flat=True), shape).after_forward(checkpointing=False)
     assert found == pytest.approx(saved_by_autograd(bundle, getattr(torch, dtype), flat=True), rel=0.08)
 
 
@@ -189,27 +188,30 @@ def test_rows_laid_end_to_end_need_no_mask(checkpoints, tmp_path):
     for training in ({"packing": True}, {"padding_free": True}):
         given = {**recipe, "training": {**recipe["training"], **training}}
         flat, padded = ernie_align.plan(given), ernie_align.plan(recipe)
-        assert padded.setting.masked and not flat.setting.masked and flat.memory.peak < padded.memory.peak
-        assert flat.setting.positions == padded.setting.positions == 4 * 256
+        assert padded.workload.masked and not flat.workload.masked and flat.memory.peak < padded.memory.peak
+        assert flat.workload.positions == padded.workload.positions == 4 * 256
         eager = ernie_align.plan({**given, "model": {**recipe["model"], "attention": "eager"}})
-        assert (eager.setting.rows, eager.setting.tokens) == (1, 4 * 256) and eager.memory.peak > padded.memory.peak
+        assert (eager.workload.rows, eager.workload.tokens) == (1, 4 * 256) and eager.memory.peak > padded.memory.peak
 
 
 def test_references_and_rollouts_are_counted():
     dpo = ernie_align.plan(ROOT / "recipes" / "dpo" / "0.3b.yaml")
     assert dpo.memory.reference == dpo.memory.weights  # full fine-tuning holds the frozen model too
-    assert dpo.setting.rows == 2  # a batch of one pair
+    assert dpo.workload.rows == 2  # a batch of one pair
     free = ernie_align.plan(ROOT / "recipes" / "dpo" / "0.3b.yaml", overrides=["dpo.reference=precomputed"])
     assert free.memory.reference == 0
     vl, half = ROOT / "recipes" / "dpo" / "vl_28b.yaml", 4096 // 2
     apart, shared = (ernie_align.plan(vl, overrides=[f"dpo.shared_prompt={on}"]) for on in ("false", "true"))
-    assert (apart.setting.rows, apart.setting.positions) == (2, 4 * half)
-    assert (shared.setting.rows, shared.setting.positions) == (1, 3 * half)  # half of a row is images, which are shared
-    assert shared.setting.vision * shared.setting.positions == pytest.approx(half)
+    assert (apart.workload.rows, apart.workload.positions) == (2, 4 * half)
+    assert (shared.workload.rows, shared.workload.positions) == (
+        1,
+        3 * half,
+    )  # half of a row: shared images
+    assert shared.workload.vision * shared.workload.positions == pytest.approx(half)
     assert shared.memory.peak < apart.memory.peak and shared.work.seconds < apart.work.seconds
     upo = ernie_align.plan(ROOT / "recipes" / "upo" / "vl_28b.yaml")
-    assert upo.setting.drawn == 8 and upo.setting.tokens == 1024 + 512
-    assert upo.memory.rollout > 2 * 28 * 512 * 2 * upo.setting.drawn * upo.setting.tokens  # keys and values alone
+    assert upo.workload.drawn == 8 and upo.workload.tokens == 1024 + 512
+    assert upo.memory.rollout > 2 * 28 * 512 * 2 * upo.workload.drawn * upo.workload.tokens  # keys and values alone
 
 
 def test_what_several_gpus_share():
@@ -256,11 +258,11 @@ def hardware(options):
     ],
 )
 def test_the_change_that_is_named_does_fit(recipe, overrides, gpu):
-    """Typed as it is said, it gives the peak it says."""
+    """Typed as described, the change gives the peak that it names."""
     path = ROOT / "recipes" / recipe
     plan = ernie_align.plan(path, overrides=overrides, gpu=gpu)
     assert not plan.fits and plan.change is not None and plan.change.peak <= plan.gpu.memory < plan.memory.peak
-    words = shlex.split(plan.change.says.replace(",", " ").replace("(not trained by this toolkit yet)", ""))
+    words = shlex.split(plan.change.description.replace(",", " ").replace("(training is not supported yet)", ""))
     keys = [word for word in words if "=" in word]
     settings = hardware([word for word in words if "=" not in word])
     again = ernie_align.plan(path, overrides=[*overrides, *keys], gpu=gpu, **settings)
@@ -276,18 +278,20 @@ def test_operations_by_hand(checkpoints, tmp_path):
     assert plan.work.forward == 2 * weights + 2 * 4 * 128 * 256  # 4 layers, 128 wide queries, 256 tokens
     assert plan.work.step == plan.work.forward * 4 * 256 * 3
     assert plan.work.seconds == pytest.approx(plan.work.step / (0.5 * 989e12))
-    held = replace(plan.setting, checkpointing=True)
+    held = replace(plan.workload, checkpointing=True)
     config = json.loads((checkpoints["dense"] / "config.json").read_text())
     architecture = Architecture.from_config(config)
-    again = work(held, architecture, ModelShape.of(architecture, config), plan.gpu)
+    again = step_cost(held, architecture, ModelShape.of(architecture, config), plan.gpu)
     assert again.step == pytest.approx(plan.work.step * 4 / 3)
     assert estimate_memory(held, architecture, ModelShape.of(architecture, config)).peak < plan.memory.peak
 
 
 def test_gpus_by_size_and_by_name():
-    assert gpu_of("80GB").name == "A100-80GB" and gpu_of("h200").memory == 141e9 and gpu_of("32").memory == 32e9
-    with pytest.raises(RecipeError, match="is no GPU"):
-        gpu_of("big")
+    assert (
+        parse_gpu("80GB").name == "A100-80GB" and parse_gpu("h200").memory == 141e9 and parse_gpu("32").memory == 32e9
+    )
+    with pytest.raises(RecipeError, match="unknown GPU"):
+        parse_gpu("big")
 
 
 # -- recipes and the command line --------------------------------------------------------------------------------------
@@ -305,7 +309,7 @@ def test_the_memory_in_a_recipes_head_is_the_plans(path):
     assert gpus == ("each of {gpus} GPUs, {strategy}".format(**settings) if options else "one GPU")
     plan = ernie_align.plan(path, **settings)
     assert plan.memory.peak / 1e9 == pytest.approx(float(size), abs=0.06) and plan.fits
-    assert plan.setting.steps
+    assert plan.workload.steps
 
 
 def test_every_stage_has_a_recipe_for_each_real_model():

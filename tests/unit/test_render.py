@@ -175,7 +175,7 @@ def test_ids_are_the_tokenizers_own_whatever_the_text(renderers, family):
             tokenizer(["one", "one two"], padding=True, pad_to_multiple_of=8)
         if number % 4 == 2:
             tokenizer("one</s>", split_special_tokens=True)
-        ids = renderer.template.ids(text)
+        ids = renderer.template.tokenize(text)
         assert ids == tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
 
 
@@ -202,8 +202,8 @@ def test_ids_of_known_parts_are_those_of_the_whole(renderers, family, added, cut
     parts: dict[str, list[int]] = {}
     for _ in range(400):
         text = "".join(draw.choices(pieces, k=draw.randint(0, 8)))
-        assert template.ids(text, parts) == template.ids(text), text
-        assert template.ids(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert template.tokenize(text, parts) == template.tokenize(text), text
+        assert template.tokenize(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert (len(parts) > 0) is cut
 
 
@@ -214,12 +214,12 @@ def test_a_conversation_is_tokenized_about_once(renderers, family):
     row = Row(messages=[message for turn in zip(asked, said, strict=True) for message in turn])
     template = renderers[family].template
     contexts = [
-        renderers[family]._text(template.marked(row.messages[:number]), row, generation_prompt=True)
+        renderers[family]._render(template.mark_control_tokens(row.messages[:number]), row, generation_prompt=True)
         for number in range(1, 60, 2)
     ]
     parts: dict[str, list[int]] = {}
     for context in contexts:
-        assert template.ids(context, parts) == template.ids(context)
+        assert template.tokenize(context, parts) == template.tokenize(context)
     # each question stands in two parts: at the end of its own context, and before its answer in the others
     assert sum(map(len, parts)) < 2 * len(contexts[-1]) < sum(map(len, contexts)) / 5
 

@@ -8,7 +8,7 @@ from ernie_align.errors import RunError
 from ernie_align.recipe.rewards import ContainsReward, ExactMatchReward, FormatReward, LengthReward, ThinkingReward
 from ernie_align.rewards import build_rewards, missing_columns
 from ernie_align.rewards.completion import answer_text, parse_completion, reasoning_text
-from ernie_align.rewards.reward import Reward, Scorer, place_of
+from ernie_align.rewards.reward import Reward, Scorer, source_line
 from ernie_align.rewards.verifiers import contains, exact_match, repetition, thinking, within_length
 
 
@@ -144,7 +144,7 @@ def test_a_failing_reward_names_the_function_the_prompt_and_the_completion():
     def fragile(prompts, completions, **columns):
         return [1 / len(completion) for completion in completions]
 
-    reward = Reward("fragile", 1.0, Scorer(fragile, place=place_of(fragile)))
+    reward = Reward("fragile", 1.0, Scorer(fragile, place=source_line(fragile)))
     with pytest.raises(RunError) as caught:
         reward(["one?", "two?"], ["x", ""], answer=["a", "b"])
     (fault,) = caught.value.faults
@@ -160,17 +160,17 @@ def test_a_failure_of_the_batch_alone_is_called_that():
             raise ValueError("one at a time")
         return [0.0]
 
-    with pytest.raises(RunError, match="on each of its rows alone it does not fail"):
-        Reward("jealous", 1.0, Scorer(jealous, place=place_of(jealous)))(["a", "b"], ["c", "d"])
+    with pytest.raises(RunError, match="on each of these rows alone it does not fail"):
+        Reward("jealous", 1.0, Scorer(jealous, place=source_line(jealous)))(["a", "b"], ["c", "d"])
 
 
 @pytest.mark.parametrize(
     ("scores", "says"),
     [
         ([1.0], "returned 1 scores for 2 completions"),
-        (["high", "low"], "returned 'high' where a finite number"),
+        (["high", "low"], "returned 'high'; expected a finite number"),
         ([0.0, float("nan")], "returned nan"),
-        (None, "returned NoneType where a list is wanted"),
+        (None, "returned NoneType; expected a list"),
     ],
 )
 def test_scores_are_finite_numbers_one_for_each_completion(scores, says):

@@ -14,14 +14,14 @@ from PIL import Image
 from ernie_align.errors import RecipeError, RunError
 from ernie_align.recipe.rewards import JudgeReward
 from ernie_align.rewards import build_rewards
-from ernie_align.rewards.judge import score_in
+from ernie_align.rewards.judge import parse_score
 
 
 class Endpoint:
     """An endpoint on this machine. answers: what it says in turn, (status, text of the verdict); the last one stays."""
 
-    def __init__(self, *answers, wait=0.0):
-        self.answers, self.wait = list(answers), wait
+    def __init__(self, *answers, wait=0.0, headers=None):
+        self.answers, self.wait, self.reply_headers = list(answers), wait, headers or {}
         self.requests, self.headers, self.at_once, self.most_at_once = [], [], 0, 0
         self._lock = threading.Lock()
         endpoint = self
@@ -54,6 +54,8 @@ class Endpoint:
         )
         with suppress(OSError):  # who asked has gone
             handler.send_response(status)
+            for name, value in self.reply_headers.items():
+                handler.send_header(name, value)
             handler.end_headers()
             handler.wfile.write(body.encode())
 
@@ -130,7 +132,7 @@ def test_a_reply_without_a_score_is_asked_for_again_and_then_none(endpoint, capl
     there = endpoint((200, "Score: 400"))
     reward = judge_at(there)
     assert ask(reward, "seven") == [None] and len(there.requests) == 3
-    assert reward.counts["unreadable"] == 1 and "1 of 1 verdicts of big held no score" in caplog.text
+    assert reward.counts["unreadable"] == 1 and "1 of 1 replies of the judge big contained no score" in caplog.text
 
 
 def test_a_dead_judge_says_what_was_kept_and_what_to_do(endpoint, tmp_path):
@@ -140,7 +142,7 @@ def test_a_dead_judge_says_what_was_kept_and_what_to_do(endpoint, tmp_path):
         ask(reward, *"abcdef")
     text = str(caught.value)
     assert f"{there.url}/chat/completions failed after 2 retries" in text and "status 500: out of memory" in text
-    assert f"2 finished verdicts are kept ({tmp_path / 'judge.sqlite'})" in text and "--resume" in text
+    assert f"2 scores are stored ({tmp_path / 'judge.sqlite'})" in text and "--resume" in text
     assert len(there.requests) == 5  # two verdicts, one request and its two retries; the other three are not sent
     there.answers = [(200, "Score: 6")]
     assert ask(judge_at(there, tmp_path), *"abcdef") == [0.4, 0.5, 0.6, 0.6, 0.6, 0.6] and len(there.requests) == 9
@@ -162,7 +164,7 @@ def test_what_does_not_pass_is_not_tried_again(endpoint, status):
 
 
 def test_a_page_instead_of_a_reply(endpoint):
-    with pytest.raises(RunError, match="none of the chat/completions form: <html>"):
+    with pytest.raises(RunError, match="not in the chat/completions format: <html>"):
         ask(judge_at(endpoint((200, "<html>welcome"))), "seven")
 
 
@@ -172,10 +174,38 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(endpoint, monk
     monkeypatch.setenv("JUDGE_KEY", "sk-secret")
     there = endpoint((200, "Score: 4"), (401, "wrong key sk-secret"))
     reward = judge_at(there, tmp_path, api_key_env="JUDGE_KEY")
-    assert ask(reward, "seven") == [0.4] and there.headers[0]["Authorization"] == "Bearer sk-secret"
+    assert ask(reward, "seven") == [0.4] and there.headers[0]["authorization"] == "Bearer sk-secret"
     assert b"sk-secret" not in (tmp_path / "judge.sqlite").read_bytes() and "sk-secret" not in repr(reward)
     with pytest.raises(RunError, match=r"wrong key \*\*\*"):
         ask(reward, "eight")
+
+
+def test_nothing_of_the_users_openai_account_reaches_another_endpoint(endpoint, monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "private")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    there = endpoint((200, "Score: 4"))
+    assert ask(judge_at(there), "seven") == [0.4]
+    assert "private" not in str(there.headers) and "authorization" not in {name.lower() for name in there.headers[0]}
+
+
+def test_the_endpoint_says_how_long_to_wait(endpoint):
+    there = endpoint((429, "busy"), (200, "Score: 4"), headers={"Retry-After": "1"})
+    begun = time.monotonic()
+    assert ask(judge_at(there), "seven") == [0.4] and 1 <= time.monotonic() - begun < 5
+
+
+def test_a_failure_interrupts_the_waits_of_other_requests(endpoint):
+    there = endpoint((429, "busy"), (400, "no such model"), headers={"Retry-After": "30"})
+    begun = time.monotonic()
+    with pytest.raises(RunError, match="status 400: no such model"):
+        ask(judge_at(there, concurrency=2), "seven", "eight")
+    assert time.monotonic() - begun < 5
+
+
+def test_a_url_that_cannot_be_parsed_is_named():
+    with pytest.raises(RunError, match="InvalidURL"):
+        ask(judge_at("http://judge:port/v1"), "seven")
 
 
 def test_what_the_judge_is_shown(endpoint):
@@ -222,4 +252,4 @@ def test_images_go_along_when_asked(endpoint):
     ],
 )
 def test_a_score_stands_alone_on_the_last_line(reply, score):
-    assert score_in(reply, 0, 10) == score
+    assert parse_score(reply, 0, 10) == score

@@ -131,12 +131,13 @@ def test_all_faults_at_once_each_with_its_place(tmp_path):
 @pytest.mark.parametrize(
     ("reward", "what"),
     [
-        ("{name: contains, text: a, column: b}", "both column and text"),
-        ("{name: length}", "no bound is named"),
-        ("{name: length, target: 3, max: 4}", "target and max"),
-        ("{name: thinking, min: 5, max: 4}", "min 5 is over max 4"),
+        ("{name: contains, text: a, column: b}", "both column and text are given"),
+        ("{name: maths}", "the reward 'maths' is now called 'math'"),
+        ("{name: length}", "no bound is given"),
+        ("{name: length, target: 3, max: 4}", "target and max are both given"),
+        ("{name: thinking, min: 5, max: 4}", "min 5 is larger than max 4"),
         ("{name: json_schema, against: none.json}", "none.json cannot be read: No such file or directory"),
-        ("{name: judge, url: 'http://x', model: m, rubric: r, max_score: 0.0}", "0.0 is not over min_score 0.0"),
+        ("{name: judge, url: 'http://x', model: m, rubric: r, max_score: 0.0}", "0.0 is not larger than min_score 0.0"),
         ("{name: checklist, criteria: [{name: thinking, weight: 0.0}]}", "criterion thinking has weight 0.0"),
     ],
 )
@@ -150,12 +151,12 @@ def test_keys_that_do_not_go_together(tmp_path, reward, what):
     [
         ("{name: mine.py:brevity}", "6:12  rewards[0].name", "mine.py cannot be read: No such file or directory"),
         ("{name: my_rewards.py:brevitty}", "6:12  rewards[0].name", "my_rewards.py has no function brevitty"),
-        ("{name: my_rewards.py:hasty}", "6:12  rewards[0].name", "hasty takes no **kwargs (my_rewards.py:9)"),
+        ("{name: my_rewards.py:hasty}", "6:12  rewards[0].name", "hasty does not accept **kwargs (my_rewards.py:9)"),
         ("{name: my_rewards.py:later}", "6:12  rewards[0].name", "later is async (my_rewards.py:12)"),
         (
             "{name: broken.py:f}",
             "6:12  rewards[0].name",
-            "broken.py is no Python: '(' was never closed (broken.py, line 1)",
+            "broken.py is not valid Python: '(' was never closed (broken.py, line 1)",
         ),
         (
             "{name: my_rewards.py:brevity, args: {sale: 3}}",
@@ -169,6 +170,13 @@ def test_a_function_is_judged_without_running_its_file(here, reward, place, what
     (here / "my_rewards.py").write_text(BREVITY + "\nraise SystemExit\n")
     ((where, fault),) = faults(here, reward)
     assert (where, fault.what) == (f"recipe.yaml:{place}", what) and fault.fix
+
+
+def test_the_old_name_of_math_says_the_new_one(tmp_path):
+    for reward in ("{name: maths}", "{name: checklist, criteria: [{name: maths}]}"):
+        ((where, fault),) = faults(tmp_path, reward)
+        assert where.startswith("recipe.yaml:6:") and where.endswith("name")
+        assert fault.what == "the reward 'maths' is now called 'math'" and "math" in fault.fix
 
 
 def test_a_function_is_called_as_trl_calls_it(here):
@@ -207,7 +215,7 @@ def test_missing_columns_stand_where_the_reward_does(here):
 
 
 def test_every_block_has_its_scorer_and_every_key_its_place_in_the_schema():
-    assert SCORERS.keys() == REWARDS.keys()
+    assert {*SCORERS, "judge", "checklist"} == REWARDS.keys()
     schema = json_schema({"paid": Paid})
     items = schema["$defs"]["Paid"]["properties"]["rewards"]["items"]
     refs = [item["$ref"].rpartition("/")[2] for item in items["anyOf"]]

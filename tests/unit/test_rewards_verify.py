@@ -1,8 +1,11 @@
-"""What the verifiers of choices, numbers, maths, JSON and boxes call right, each on answers as models write them."""
+"""Verifiers of choices, numbers, math, JSON and boxes on answers as models write them."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import subprocess
+import sys
 import threading
 import time
 
@@ -19,10 +22,18 @@ from ernie_align.recipe.rewards import (
     NumericReward,
 )
 from ernie_align.rewards import build_rewards
-from ernie_align.rewards.boxes import boxes_in, boxes_of, corners, grounding, iou
-from ernie_align.rewards.choice import choice, chosen
-from ernie_align.rewards.math_verifier import MathVerifier
-from ernie_align.rewards.quantities import last_quantity, numeric
+from ernie_align.rewards.sandbox import Sandbox, math_equal
+from ernie_align.rewards.verifiers import (
+    choice,
+    chosen_letter,
+    find_boxes,
+    grounding,
+    iou,
+    last_quantity,
+    numeric,
+    parse_boxes,
+    to_corners,
+)
 
 CITIES = ["Paris", "London", "New York", "York"]
 
@@ -55,7 +66,7 @@ CITIES = ["Paris", "London", "New York", "York"]
     ],
 )
 def test_the_chosen_letter(answer):
-    assert chosen(answer, "ABCD", CITIES) == "B"
+    assert chosen_letter(answer, "ABCD", CITIES) == "B"
 
 
 @pytest.mark.parametrize(
@@ -74,12 +85,15 @@ def test_the_chosen_letter(answer):
     ],
 )
 def test_an_ambiguous_answer_chooses_nothing(answer):
-    assert chosen(answer, "ABCD", CITIES) is None
+    assert chosen_letter(answer, "ABCD", CITIES) is None
 
 
 def test_a_longer_option_hides_the_one_within_it():
-    assert chosen("It was New York.", "ABCD", CITIES) == "C" and chosen("It was York.", "ABCD", CITIES) == "D"
-    assert chosen("应该去北京市看看", "AB", ["北京", "上海"]) == "A"
+    assert (
+        chosen_letter("It was New York.", "ABCD", CITIES) == "C"
+        and chosen_letter("It was York.", "ABCD", CITIES) == "D"
+    )
+    assert chosen_letter("应该去北京市看看", "AB", ["北京", "上海"]) == "A"
 
 
 @pytest.mark.parametrize("expected", ["B", "b", "(B)", 1, "London"])
@@ -89,7 +103,7 @@ def test_the_expected_option_in_any_spelling(expected):
 
 def test_options_may_be_a_mapping_and_limit_the_letters():
     assert choice("two", "B", "ABCDEF", {"B": "two", "A": "one"}) == 1
-    with pytest.raises(ValueError, match="'F' is none of A, B"):
+    with pytest.raises(ValueError, match="'F'; expected one of A, B"):
         choice("two", "F", "ABCDEF", ["one", "two"])
 
 
@@ -136,15 +150,15 @@ def test_tolerances_and_percents():
     assert score("95", 100, relative=0.05) == 1 and score("94", 100, relative=0.05) == 0
     assert score("45%", 45) == score("45%", 0.45) == score("0.45", "45%") == score("45%", "45 %") == 1
     assert score("45%", "0.45%") == 0 and score("no idea", 3) == 0
-    with pytest.raises(ValueError, match="'many' holds no number"):
+    with pytest.raises(ValueError, match="'many' contains no number"):
         score("3", "many")
 
 
 @pytest.fixture(scope="module")
-def mathematician():
-    one = MathVerifier(timeout=10.0)
-    yield one
-    one.close()
+def math_sandbox():
+    sandbox = Sandbox(math_equal, seconds=10.0)
+    yield sandbox
+    sandbox.close()
 
 
 @pytest.mark.parametrize(
@@ -162,25 +176,78 @@ def mathematician():
         ("five", "", None),
     ],
 )
-def test_maths(mathematician, answer, expected, score):
-    assert mathematician.equal(answer, expected) == score
+def test_math(math_sandbox, answer, expected, score):
+    assert math_sandbox.score(answer, expected) == score
 
 
-def test_maths_without_end_is_ended_in_any_thread():
-    mathematician, scores = MathVerifier(timeout=0.5), []
-    assert mathematician.equal("4", "4") == 1
-    thread = threading.Thread(target=lambda: scores.append(mathematician.equal("$9^{9^{9^{9}}}$", "3")))
+def test_endless_math_is_interrupted_in_any_thread():
+    sandbox, scores = Sandbox(math_equal, seconds=0.5, warm_up=("4", "4")), []
+    assert sandbox.score("4", "4") == 1
+    thread = threading.Thread(target=lambda: scores.append(sandbox.score("$9^{9^{9^{9}}}$", "3")))
     begun = time.monotonic()
     thread.start()
     thread.join()
-    assert scores == [0.0] and mathematician.counts["timeouts"] == 1 and time.monotonic() - begun < 3
-    mathematician.close()
+    assert scores == [0.0] and sandbox.counts["timeouts"] == 1 and time.monotonic() - begun < 3
+    sandbox.close()
 
 
-def test_maths_survives_the_death_of_its_process(mathematician):
-    mathematician.equal("4", "4")
-    mathematician._process.kill()
-    assert mathematician.equal("4", "4") in (0.0, 1.0) and mathematician.equal("4", "4") == 1
+def test_a_call_that_ignores_the_timer_is_killed():
+    """Sleeping takes no computing time, so only the clock can end it, after four times the limit."""
+    sandbox = Sandbox(time.sleep, seconds=0.2)
+    assert sandbox.score(0) is None
+    begun = time.monotonic()
+    assert sandbox.score(60) == 0.0 and sandbox.counts["timeouts"] == 1 and time.monotonic() - begun < 3
+    assert sandbox.score(0) is None
+    sandbox.close()
+
+
+def test_math_survives_the_death_of_its_process(math_sandbox):
+    assert math_sandbox.score("4", "4") == 1
+    for process in multiprocessing.active_children():
+        process.kill()
+    assert math_sandbox.score("4", "4") in (0.0, 1.0) and math_sandbox.score("4", "4") == 1
+
+
+def test_a_process_that_cannot_start_is_named():
+    with pytest.raises(RunError, match="math_equal: the verifier's process did not start"):
+        Sandbox(math_equal, seconds=1.0, warm_up=("one argument",)).score("4", "4")
+
+
+def test_the_process_has_little_memory_and_no_torch():
+    sandbox = Sandbox(eval, seconds=10.0)
+    assert sandbox.score("'torch' in __import__('sys').modules") is False
+    assert sandbox.score("len(bytearray(1 << 20))") == 1 << 20 and sandbox.score("len(bytearray(8 << 30))") == 0.0
+    assert sandbox.counts == {}
+    sandbox.close()
+
+
+def test_a_script_without_a_guard_runs_once(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('begun')\n"
+        "from ernie_align.recipe.rewards import FormatReward\n"
+        "from ernie_align.rewards import build_rewards\n"
+        "(reward,) = build_rewards([FormatReward(name='format', pattern='[a-z]+')])\n"
+        "print(reward(['?'] * 2, ['seven', '7']))\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines() == ["begun", "[1.0, 0.0]"] and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("block", "quote"),
+    [
+        (FormatReward(name="format", pattern="(a+)+b"), ""),
+        (JsonSchemaReward(name="json_schema", against={"type": "string", "pattern": "^(a+)+b$"}), '"'),
+    ],
+    ids=["format", "json_schema"],
+)
+def test_a_pattern_that_backtracks_is_interrupted(block, quote):
+    (reward,) = build_rewards([block])
+    begun = time.monotonic()
+    answers = [f"{quote}{text}{quote}" for text in ("aab", "a" * 40, "b")]
+    assert reward(["?"] * 3, answers) == [1.0, 0.0, 0.0] and reward.counts == {"timeouts": 1}
+    assert time.monotonic() - begun < 8
 
 
 def test_json_against_a_schema(tmp_path):
@@ -200,7 +267,7 @@ def test_json_against_a_schema(tmp_path):
 
 
 def test_a_schema_that_is_none_is_a_fault():
-    with pytest.raises(RecipeError, match="no JSON schema: 'objekt' is not valid"):
+    with pytest.raises(RecipeError, match="invalid JSON schema: 'objekt' is not valid"):
         build_rewards([JsonSchemaReward(name="json_schema", against={"type": "objekt"})])
     with pytest.raises(RecipeError, match="is not in the schema"):
         build_rewards([JsonSchemaReward(name="json_schema", against={"$ref": "https://example.com/other.json"})])
@@ -222,22 +289,22 @@ def test_a_schema_that_is_none_is_a_fault():
     ],
 )
 def test_boxes_in_an_answer(text, boxes):
-    assert boxes_in(text) == boxes
+    assert find_boxes(text) == boxes
 
 
 def test_boxes_of_a_column():
-    assert boxes_of([1, 2, 3, 4]) == boxes_of([[1, 2, 3, 4]]) == boxes_of("[1,2,3,4]") == [(1, 2, 3, 4)]
-    assert boxes_of([]) == []
+    assert parse_boxes([1, 2, 3, 4]) == parse_boxes([[1, 2, 3, 4]]) == parse_boxes("[1,2,3,4]") == [(1, 2, 3, 4)]
+    assert parse_boxes([]) == []
     for wrong in ("none", [1, 2, 3], [[1, 2]]):
         with pytest.raises(ValueError, match="box"):
-            boxes_of(wrong)
+            parse_boxes(wrong)
 
 
 def test_overlap_by_hand():
     assert iou((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(2 / 6)  # 2 shared of 4 + 4 - 2
     assert iou((0, 0, 2, 2), (0, 0, 2, 2)) == 1 and iou((0, 0, 2, 2), (2, 0, 4, 2)) == 0
     assert iou((0, 0, 0, 0), (0, 0, 0, 0)) == iou((2, 2, 0, 0), (0, 0, 2, 2)) == 0
-    assert corners((1, 1, 2, 3), "xywh") == (1, 1, 3, 4)
+    assert to_corners((1, 1, 2, 3), "xywh") == (1, 1, 3, 4)
 
 
 def test_several_boxes_are_matched_once_each():
@@ -281,10 +348,10 @@ def test_blocks_reach_their_verifiers():
     assert picked(["?"], ["London"], answer=["B"], options=[CITIES]) == [1]
     assert counted(["?"], ["8"], answer=["7"]) == [1]
     assert placed(["?"], ["[1, 1, 2, 3]"], answer=[[1, 1, 3, 4]]) == [1]
-    with pytest.raises(RunError, match="'Z' is none of A, B, C, D"):
+    with pytest.raises(RunError, match="'Z'; expected one of A, B, C, D"):
         picked(["?"], ["London"], answer=["Z"], options=[CITIES])
 
 
-def test_maths_takes_several_right_answers():
-    (reward,) = build_rewards([MathReward(name="maths")])
+def test_math_takes_several_right_answers():
+    (reward,) = build_rewards([MathReward(name="math")])
     assert reward(["?"], ["$2$"], answer=[["1", "2"]]) == [1] and reward.counts == {}

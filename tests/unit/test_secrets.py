@@ -1,4 +1,4 @@
-"""Tokens and passwords are refused in a recipe, hidden in errors, and found nowhere in a run directory."""
+"""Tokens and passwords are rejected in a recipe, hidden in errors, and absent from a run directory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def recipe(tmp_path):
         (lambda r: r["rewards"].append({"name": "a.py:f", "args": {"api_key": SECRET}}), "rewards[1].args.api_key"),
     ],
 )
-def test_a_recipe_with_a_secret_is_refused_at_its_place(recipe, tmp_path, change, where):
+def test_a_secret_in_a_recipe_is_rejected_with_its_place(recipe, tmp_path, change, where):
     change(recipe)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
@@ -44,7 +44,7 @@ def test_a_recipe_with_a_secret_is_refused_at_its_place(recipe, tmp_path, change
     assert fault.where.startswith(f"{path}:{line}:") and fault.where.endswith(where)
 
 
-def test_comments_and_overrides_are_read_too(recipe, tmp_path):
+def test_secrets_in_comments_and_overrides_are_rejected(recipe, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe) + f"# key: hf_{SECRET}\n")
     with pytest.raises(RecipeError, match=r"recipe.yaml:\d+: an API token, in a comment") as caught:
@@ -55,9 +55,9 @@ def test_comments_and_overrides_are_read_too(recipe, tmp_path):
     assert SECRET not in str(caught.value)
 
 
-def test_what_other_libraries_say_is_told_without_secrets(monkeypatch):
+def test_messages_of_other_libraries_are_shown_without_secrets(monkeypatch):
     monkeypatch.setenv("MY_API_KEY", SECRET)
-    told = str(
+    text = str(
         Fault(
             "here",
             f"401 for {SECRET}",
@@ -65,8 +65,8 @@ def test_what_other_libraries_say_is_told_without_secrets(monkeypatch):
             fix="Bearer " + SECRET,
         )
     )
-    assert SECRET[:9] not in told and "abcd1234" not in told
-    assert "GET https://u:***@h/x?token=***&a=1" in told and "401 for ***" in told
+    assert SECRET[:9] not in text and "abcd1234" not in text
+    assert "GET https://u:***@h/x?token=***&a=1" in text and "401 for ***" in text
 
 
 @pytest.mark.parametrize(
@@ -81,11 +81,11 @@ def test_what_other_libraries_say_is_told_without_secrets(monkeypatch):
         "hf_hub",
     ],
 )
-def test_plain_words_stay(text):
+def test_plain_words_are_not_hidden(text):
     assert redact(text) == text
 
 
-def test_keys_are_told_apart():
+def test_keys_of_secrets_are_recognized():
     assert all(
         map(is_secret_key, ("token", "hub_token", "HF_TOKEN", "api_key", "OPENAI_API_KEY", "password", "secret"))
     )
@@ -93,11 +93,11 @@ def test_keys_are_told_apart():
     assert not any(map(is_secret_key, plain))
 
 
-def test_no_recipe_of_ours_is_refused():
-    from ernie_align.recipe.document import parse_document, refuse_secrets
+def test_no_shipped_recipe_is_rejected():
+    from ernie_align.recipe.document import parse_document, reject_secrets
 
     for path in ROOT.glob("recipes/**/*.yaml"):
-        refuse_secrets(parse_document(path.read_text(), str(path)))
+        reject_secrets(parse_document(path.read_text(), str(path)))
 
 
 def test_a_run_directory_holds_no_secret_of_the_environment(checkpoints, text_rows, tmp_path, monkeypatch):

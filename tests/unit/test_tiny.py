@@ -1,4 +1,4 @@
-"""The tiny checkpoints are real, the digits are real, and both come out the same every time."""
+"""The tiny checkpoints and the digits task: real classes, real images, and the same result for the same seed."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def test_the_same_seed_gives_the_same_weights(checkpoints, tmp_path):
 
 
 def test_at_least_three_sparse_layers(checkpoints):
-    """With one, a completion-only loss sends no gradient to vision experts: nobody attends behind the last layer."""
+    """With one, a completion-only loss sends no gradient to vision experts: nothing attends to images then."""
     for family in ("moe", "vl_moe"):
         architecture = Architecture.from_config(json.loads((checkpoints[family] / "config.json").read_text()))
-        assert {tensor.layer for tensor in architecture.of("text_experts")} == {1, 2, 3}
+        assert {tensor.layer for tensor in architecture.by_part["text_experts"]} == {1, 2, 3}
 
 
 def test_mini_has_the_real_pools_and_vocabulary():
@@ -38,12 +38,12 @@ def test_mini_has_the_real_pools_and_vocabulary():
 
 
 @pytest.mark.parametrize("text", ["seven", " seven", "User: what?\n", "naïve 漢字 🙂", "a  b\t\n\nc", "", "<|weird|>"])
-def test_the_tokenizer_loses_nothing(text):
+def test_the_tokenizer_is_lossless(text):
     tokenizer = make_tokenizer("vl", vision=True)
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
-def test_special_tokens_are_the_familys():
+def test_special_tokens_are_those_of_ernie():
     tokenizer = make_tokenizer("vl", vision=True)
     assert (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token) == ("<unk>", "<s>", "</s>")
     assert (tokenizer.cls_token, tokenizer.sep_token) == ("<|begin_of_sentence|>", "<|end_of_sentence|>")
@@ -67,7 +67,7 @@ def test_no_image_is_in_two_splits(digits):
     assert len(seen) == 1797
 
 
-def test_the_answers_are_true(digits):
+def test_the_answers_are_correct(digits):
     from sklearn.datasets import load_digits
 
     from ernie_align.tiny.tokenizer import NUMBERS

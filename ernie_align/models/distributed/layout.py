@@ -1,8 +1,8 @@
-"""How a family is cut where its weights are spread over processes: which classes make a unit of their own.
+"""Sizes of tensor and expert parallelism, and the classes of each family that are sharded as units.
 
-Routers and correction biases stay float32 beside bfloat16 weights, and FSDP2 takes one dtype for what is trained in a
-unit: in full fine-tuning each router is a unit apart. Under ZeRO-3 a pool of experts is a leaf, fetched as one,
-whichever of its experts the tokens of a process go to.
+Routers and correction biases stay float32 in models with bfloat16 weights, and FSDP2 requires one dtype for the trained
+weights of a unit: in full fine-tuning each router is its own unit. Under ZeRO-3 a pool of experts is a leaf module,
+gathered as a whole, whichever of its experts the tokens of a rank go to.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ShardingUnits(NamedTuple):
-    """Names of classes. layers, routers: sharded each for itself; experts: fetched as one."""
+    """Names of classes. layers, routers: each instance is an FSDP unit; experts: gathered as a whole under ZeRO-3."""
 
     layers: tuple[str, ...]
     routers: tuple[str, ...] = ()
@@ -26,35 +26,39 @@ class ShardingUnits(NamedTuple):
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Over how many processes matrices are cut, and over how many the experts of a pool are dealt out: as in
-    transformers' DistributedConfig. What is left of the model is spread by FSDP2."""
+    """Number of ranks over which matrices are split (TP) and the experts of a pool are distributed (EP).
+
+    As in transformers' DistributedConfig. FSDP2 shards the rest of the model.
+    """
 
     tp_size: int = 1
     ep_size: int = 1
 
-    def validate(self, architecture: Architecture, processes: int, *, adapters: bool, where: str) -> None:
-        """Raises RunError where the processes cannot be dealt out so, ModelError where this model cannot.
+    def validate(self, architecture: Architecture, world_size: int, *, adapters: bool, where: str) -> None:
+        """Raise RunError if the sizes do not fit the world size, and ModelError if they do not fit the model.
 
-        adapters: whether they are what is trained; where: what an error about the model should point at.
+        adapters: True if adapters are trained; where: what an error about the model points at.
         """
-        pools = {tensor.shape[0] for tensor in architecture.tensors if tensor.kind == "fused"}
-        in_groups = self.ep_size == 1 or self.ep_size % self.tp_size == 0
-        if processes % self.tp_size or processes % self.ep_size or not in_groups:
-            what = f"{processes} processes cannot be dealt out, {self.tp_size} to a matrix and {self.ep_size} to a pool"
-            fix = "choose numbers that divide the processes, and experts in whole groups of --tp-size"
-            raise RunError.at("--tp-size, --ep-size", what, fix=fix)
+        for option, size in (("--tp-size", self.tp_size), ("--ep-size", self.ep_size)):
+            if world_size % size:
+                fix = f"choose a divisor of {world_size}, or start another number of processes"
+                raise RunError.at(option, f"{option} {size} does not divide {world_size} processes", fix=fix)
+        if self.ep_size > 1 and self.ep_size % self.tp_size:
+            what = f"--ep-size {self.ep_size} is not a multiple of --tp-size {self.tp_size}"
+            raise RunError.at("--ep-size", what, fix=f"choose {self.tp_size} or a multiple of it")
         if self.tp_size > 1 and adapters:
             fix = "leave --tp-size out: --ep-size works with adapters"
-            raise RunError.at("--tp-size", "adapters on matrices that are cut are not supported", fix=fix)
+            raise RunError.at("--tp-size", "adapters are not supported with tensor parallelism", fix=fix)
+        pools = {tensor.shape[0] for tensor in architecture.tensors if tensor.kind == "fused"}
         if self.tp_size > 1 and pools and self.ep_size == 1:
-            fix = f"deal the experts out as well: --ep-size {self.tp_size}, or a multiple of it"
-            raise RunError.at("--tp-size", "experts whose matrices are cut cannot be checkpointed", fix=fix)
+            fix = f"add --ep-size {self.tp_size}, or a multiple of it"
+            raise RunError.at("--tp-size", "experts cannot be checkpointed with --tp-size alone", fix=fix)
         if self.ep_size > 1 and not pools:
             raise ModelError.at(where, "the model has no routed experts", fix="leave --ep-size out")
-        odd = [experts for experts in pools if experts % self.ep_size]
-        if odd:
-            what = f"{odd[0]} experts of a pool cannot be dealt out to {self.ep_size} processes"
-            raise ModelError.at(where, what, fix="choose a number for --ep-size that divides them")
+        for experts in sorted(pools):
+            if experts % self.ep_size:
+                what = f"--ep-size {self.ep_size} does not divide the {experts} experts of a pool"
+                raise ModelError.at(where, what, fix=f"choose a divisor of {experts}")
 
 
 SHARDING_UNITS: dict[str, ShardingUnits] = {

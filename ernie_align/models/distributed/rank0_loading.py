@@ -1,8 +1,8 @@
-"""Weights that the first process alone reads: the others get the model without them, and their own part of each later.
+"""Load weights on rank 0 only; the other ranks get the model without weights, and their shard of each weight later.
 
-Eight processes that each read a model of 59 GB would need 8 · 59 GB of the machine's memory. Here the first one reads
-it; the others are sent the same model whose parameters are on `meta`: shapes and dtypes that hold nothing. Whoever
-cuts the model then gives the weights out, one at a time.
+Eight ranks that each read a model of 59 GB would need 8 · 59 GB of host memory. Here rank 0 reads it, and the others
+receive the same model with its parameters on `meta`: shapes and dtypes without storage. Once the model is sharded, the
+weights are scattered one at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable
 
 import torch
-import torch.distributed as processes
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
@@ -20,35 +20,35 @@ from ernie_align.errors import AlignError, ModelError
 
 
 def load_on_rank0(read: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """What `read` returns, in the first process; in the others the same model with its parameters on meta.
+    """Return the model that `read` loads on rank 0; on other ranks the same model with its parameters on meta.
 
-    Buffers, which are small and computed from the config, are everywhere. All processes call it. Raises what `read`
-    raises, and ModelError in the others then.
+    Buffers, which are small and computed from the config, are on all ranks. Call it on all ranks. Raises what `read`
+    raises; then the other ranks raise ModelError.
     """
-    if processes.get_rank() == 0:
+    if dist.get_rank() == 0:
         try:
             model = read()
         except Exception as error:
-            _send(error if isinstance(error, AlignError) else None)
+            _broadcast(error if isinstance(error, AlignError) else None)
             raise
-        _send(to_meta(model))
+        _broadcast(to_meta(model))
         return model
-    sent = _send(None)
-    if isinstance(sent, AlignError):
-        raise sent
-    if sent is None:
-        raise ModelError.at("process 0", "it could not load the model", fix="see what it says")
-    return sent
+    received = _broadcast(None)
+    if isinstance(received, AlignError):
+        raise received
+    if received is None:
+        raise ModelError.at("rank 0", "it could not load the model", fix="see the error of rank 0")
+    return received
 
 
-def _send(value: object) -> object:
+def _broadcast(value: object) -> object:
     values = [value]
-    processes.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
 def to_meta(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model with parameters on meta. None of its weights is copied on the way."""
+    """Return a copy of the model with its parameters on meta, without copying a weight."""
     return copy.deepcopy(model, {id(weight): _on_meta(weight) for weight in model.parameters()})
 
 
@@ -57,69 +57,64 @@ def _on_meta(weight: nn.Parameter) -> nn.Parameter:
 
 
 def pop_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a model by name, which is left with parameters on meta. None where it has no others."""
+    """Take the weights out of a model, by name, and leave its parameters on meta. Skips those that already are."""
     weights = {name: weight.detach() for name, weight in model.named_parameters() if not weight.is_meta}
     _replace(model, _on_meta)
     return weights
 
 
 def scatter_weights(model: nn.Module, weights: dict[str, Tensor], device: torch.device | str) -> None:
-    """Fill parameters on meta, whole or cut, from the whole ones of the first process. All processes call it.
+    """Fill parameters on meta, sharded or not, from the full weights on rank 0. Call it on all ranks.
 
-    weights: of `take_weights`, in the first process; each is dropped once it is given out. device: where they go. No
-    process but the first holds more of another's part than one tensor at a time.
+    weights: from `pop_weights`, on rank 0; each one is dropped once it is sent. device: where the parameters go. Other
+    ranks hold one full tensor at a time.
     """
-    is_first, names = processes.get_rank() == 0, {id(weight): name for name, weight in model.named_parameters()}
+    is_rank0, names = dist.get_rank() == 0, {id(weight): name for name, weight in model.named_parameters()}
 
     def filled(weight: nn.Parameter) -> nn.Parameter:
-        if is_first:
-            whole = weights.pop(names[id(weight)]).to(device).contiguous()
+        if is_rank0:
+            value = weights.pop(names[id(weight)]).to(device).contiguous()
         else:
-            whole = torch.empty(weight.shape, dtype=weight.dtype, device=device)
-        processes.broadcast(whole, src=0)
+            value = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+        dist.broadcast(value, src=0)
         if isinstance(weight, DTensor):
-            part = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)
-            own = torch.empty_like(weight, device=device)
-            own.to_local().copy_(part.to_local())  # which may be a view that keeps the whole tensor
-            whole = own
-        return nn.Parameter(whole, requires_grad=weight.requires_grad)
+            shard = distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None)
+            value = torch.empty_like(weight, device=device)
+            value.to_local().copy_(shard.to_local())  # the shard may be a view, which would keep the full tensor
+        return nn.Parameter(value, requires_grad=weight.requires_grad)
 
     _replace(model, filled)
 
 
 def materialize_trainable(model: nn.Module) -> None:
-    """Trained weights that PEFT put on meta, beside their base, are zeros in memory: TRL copies an adapter into another
-    one, and checkpoints are read into it. Those of the first process take their place when the model is sharded."""
+    """Replace trained weights on meta by zeros in memory.
 
-    def kept(weight: nn.Parameter) -> nn.Parameter:
-        return nn.Parameter(torch.zeros_like(weight, device="cpu")) if _is_trained_on_meta(weight) else weight
-
-    _replace(model, kept)
-
-
-def _is_trained_on_meta(weight: nn.Parameter) -> bool:
-    return weight.is_meta and weight.requires_grad
+    PEFT creates an adapter on meta if its base is there, but TRL copies one adapter into another, and checkpoints are
+    loaded into it. Rank 0's weights replace these zeros when the model is sharded.
+    """
+    _replace_trained_on_meta(model, lambda weight: torch.zeros_like(weight, device="cpu"))
 
 
 def give_distinct_addresses(model: nn.Module, *, in_float32: bool) -> None:
-    """Give each trained parameter on meta an address of its own: one number, seen as the whole.
+    """Replace each trained parameter on meta by one number expanded to its shape, so that each has its own address.
 
-    in_float32: whoever shards the model next trains float32 copies, and would make them of numbers that are not there.
+    in_float32: the model will be sharded with float32 copies of its trained weights, which cannot be made from meta.
     """
 
-    def told_apart(weight: nn.Parameter) -> nn.Parameter:
-        if not _is_trained_on_meta(weight):
-            return weight
-        dtype = torch.float32 if in_float32 else weight.dtype
-        return nn.Parameter(torch.zeros((), dtype=dtype).expand(weight.shape))
+    def expanded(weight: nn.Parameter) -> Tensor:
+        return torch.zeros((), dtype=torch.float32 if in_float32 else weight.dtype).expand(weight.shape)
 
-    _replace(model, told_apart)
+    _replace_trained_on_meta(model, expanded)
+
+
+def _replace_trained_on_meta(model: nn.Module, by: Callable[[nn.Parameter], Tensor]) -> None:
+    _replace(model, lambda weight: nn.Parameter(by(weight)) if weight.is_meta and weight.requires_grad else weight)
 
 
 def _replace(model: nn.Module, by: Callable[[nn.Parameter], nn.Parameter]) -> None:
-    """Put what `by` returns in the place of each parameter, in all places that share it."""
+    """Replace each parameter by what `by` returns, in all modules that share it."""
     weights = list(model.named_parameters(remove_duplicate=False))
-    others = {id(weight): by(weight) for weight in dict.fromkeys(weight for _, weight in weights)}
-    changed = {name: others[id(weight)] for name, weight in weights if others[id(weight)] is not weight}
-    # torch's own way to change what a module holds, of which FSDP2 takes note
+    replaced = {id(weight): by(weight) for weight in dict.fromkeys(weight for _, weight in weights)}
+    changed = {name: replaced[id(weight)] for name, weight in weights if replaced[id(weight)] is not weight}
+    # load_state_dict(assign=True) is the way to replace parameters that FSDP2 supports
     model.load_state_dict(changed, assign=True, strict=False)

@@ -164,7 +164,7 @@ class UPOTrainer(AlignmentTrainer, GRPOTrainer):
         """Run TRL's forward of policy or reference with the routing monitored and each distinct image encoded once."""
         monitor = self.reference_monitor if model is self.ref_model else self.monitor
         inner = self.accelerator.unwrap_model(model)
-        images = ImageFeatureCache(frozen=self.vision_is_frozen).shown(inner)
+        images = ImageFeatureCache(frozen=self.vision_is_frozen).use(inner)
         scored = fused_head_forward(model, find_backbone(inner))
         with monitor.check_forward(self._count_vision_tokens(kwargs), input_ids.numel()), images:
             result = super()._get_per_token_logps_and_entropies(scored, input_ids, *args, **kwargs)
@@ -186,7 +186,7 @@ class UPOTrainer(AlignmentTrainer, GRPOTrainer):
         batch = {name: values.to(self.accelerator.device) for name, values in batch.items()}
         vision_tokens = monitor.pop_metadata(batch)
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
-        images = ImageFeatureCache(frozen=self.vision_is_frozen).shown(self.accelerator.unwrap_model(model), times=2)
+        images = ImageFeatureCache(frozen=self.vision_is_frozen).use(self.accelerator.unwrap_model(model), times=2)
         with monitor.check_forward(vision_tokens, labels.numel()), self.accelerator.autocast(), images:
             outputs = model(**model_inputs(batch), labels=labels, fused_lm_head=True, use_cache=False)
         return outputs.log_probs.sum(dim=1).chunk(2)

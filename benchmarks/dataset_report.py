@@ -1,9 +1,9 @@
-"""What `ernie-align data doctor` costs: 100,000 text rows and 2,000 images, in time and in memory as it reads.
+"""Measure time and memory of `ernie-align data check` on 100,000 text rows and 2,000 images.
 
-    python -m benchmarks.doctor --rows 100000 --images 2000 --workers 2
+    python -m benchmarks.dataset_report --rows 100000 --images 2000 --workers 2
 
-Rows are words that the tiny checkpoint's tokenizer knows, in conversations of one to three turns; images are JPEGs of
-random shapes up to 1024 pixels a side, one a row.
+Rows are conversations of one to three turns in words of the tiny checkpoint's tokenizer; images are JPEGs of random
+shapes of up to 1024 pixels per side, one per row.
 """
 
 from __future__ import annotations
@@ -23,28 +23,33 @@ import yaml
 
 
 def main() -> None:
-    """Make the data, run the command, and tell its time and memory."""
+    """Create the data, run the command, and print its time and memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--images", type=int, default=2_000)
     parser.add_argument("--workers", type=int, default=2)
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        recipe = make(Path(folder), given.rows, given.images)
-        command = [sys.executable, "-m", "ernie_align", "data", "doctor", str(recipe), "--workers", str(given.workers)]
-        found = Path(folder) / "found.json"
-        seconds, cpu, memory = watched([*command, "--json", str(found), "--out", str(Path(folder) / "page.html")])
-        sources = json.loads(found.read_text())["sources"]
+        recipe = make(Path(folder), options.rows, options.images)
+        command = [sys.executable, "-m", "ernie_align", "data", "check", str(recipe), "--workers", str(options.workers)]
+        report = Path(folder) / "report.json"
+        seconds, cpu, memory = measure_process(
+            [*command, "--json", str(report), "--out", str(Path(folder) / "page.html")]
+        )
+        sources = json.loads(report.read_text())["sources"]
     tokens = sum(source["count"]["tokens"] for source in sources)
-    print(f"{sum(s['count']['rows'] for s in sources):,} rows, {tokens:,} tokens, {given.workers} workers")
-    print(f"{seconds:.1f} s of the clock, {cpu:.1f} s of processors")
+    print(f"{sum(s['count']['rows'] for s in sources):,} rows, {tokens:,} tokens, {options.workers} workers")
+    print(f"{seconds:.1f} s elapsed, {cpu:.1f} s of CPU time")
     tenths = [memory[len(memory) * tenth // 10] for tenth in range(10)] + [memory[-1]]
-    print("GB of parent and workers together (PSS), at each tenth: " + ", ".join(f"{value:.2f}" for value in tenths))
-    print(f"most: {max(memory):.2f} GB")
+    print(
+        "GB of parent and workers together (PSS), at each tenth of the run: "
+        + ", ".join(f"{value:.2f}" for value in tenths)
+    )
+    print(f"peak: {max(memory):.2f} GB")
 
 
 def make(folder: Path, rows: int, images: int) -> Path:
-    """A recipe of two sources, and the sources."""
+    """Write two sources and a recipe that names them; return its path."""
     from PIL import Image
 
     from ernie_align.tiny import make_checkpoint
@@ -53,11 +58,11 @@ def make(folder: Path, rows: int, images: int) -> Path:
     draw = random.Random(0)
     words = [*NUMBERS, "plus"]
 
-    def said(low: int, high: int) -> str:
+    def random_text(low: int, high: int) -> str:
         return " ".join(draw.choices(words, k=draw.randint(low, high)))
 
     def turns(count: int) -> list[dict[str, str]]:
-        pairs = (("user", said(5, 100)), ("assistant", said(5, 200)))
+        pairs = (("user", random_text(5, 100)), ("assistant", random_text(5, 200)))
         return [{"role": role, "content": text} for _ in range(count) for role, text in pairs]
 
     make_checkpoint("vl_moe", folder / "model")
@@ -83,8 +88,8 @@ def make(folder: Path, rows: int, images: int) -> Path:
     return folder / "recipe.yaml"
 
 
-def watched(command: list[str]) -> tuple[float, float, list[float]]:
-    """Seconds of the clock and of processors, and GB of the whole tree of processes twice a second."""
+def measure_process(command: list[str]) -> tuple[float, float, list[float]]:
+    """Run a command; return elapsed seconds, CPU seconds, and the GB of its process tree twice per second."""
     began = time.monotonic()
     child = subprocess.Popen(command)
     tree, memory, used = psutil.Process(child.pid), [], {}
@@ -92,14 +97,14 @@ def watched(command: list[str]) -> tuple[float, float, list[float]]:
         total = 0
         for process in [tree, *_children(tree)]:
             try:
-                total += process.memory_full_info().pss  # pages that are shared are counted once
+                total += process.memory_full_info().pss  # PSS counts shared pages once
                 used[process.pid] = sum(process.cpu_times()[:2])
             except psutil.Error:
                 continue
         memory.append(total / 1e9)
         time.sleep(0.5)
     if child.returncode:
-        raise SystemExit(f"the doctor ended with {child.returncode}")
+        raise SystemExit(f"the command exited with code {child.returncode}")
     return time.monotonic() - began, sum(used.values()), memory
 
 

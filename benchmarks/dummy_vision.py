@@ -1,13 +1,13 @@
-"""What it costs that every process touches every pool, where each of them has images anyway.
+"""Measure the overhead of the dummy vision forward in batches that contain images.
 
-    python -m benchmarks.touch          # or: mini, whose steps are longer by far
+    python -m benchmarks.dummy_vision          # or: mini, whose steps take far longer
 
-One process and the `tiny` model, LoRA on attention and both pools: the worst case, for hooks cost by the layer, and its
-layers do little. Measured twice. CPU seconds of steps with the hooks and without them by turns: on a busy machine they
-differ by more than the hooks cost. And the hooks themselves, each call by the clock of its thread, with what PyTorch
-does to call them and the one number per step that processes agree on, over the fastest step: a bound from above, as it
-counts the clock too and leaves the optimizer out of the step. Beside it, what a batch of text costs that touches vision
-parts.
+Uses one process and the `tiny` model with LoRA on attention and both pools: the worst case, because hooks cost time per
+layer and these layers do little. There are two measurements. The first alternates steps with and without the hooks in
+CPU seconds; on a busy machine the noise is larger than the overhead. The second times the hooks themselves with the
+clock of their thread, adds PyTorch's cost of calling them and the one all-reduce per step, and divides by the fastest
+step. It is an upper bound, because it includes the clock and leaves the optimizer out of the step. A text-only batch
+with the dummy vision forward is measured as well.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from ernie_align.tiny import make_checkpoint
 
 ROUNDS = 40
 TOKENS = 512
-SIDE = 32  # patches: 16 x 16 = 256 tokens
+SIDE = 32  # patches per side: 16 x 16 = 256 tokens
 OURS = (dummy_vision_forward, dummy_vision_pool_forward)
 
 
-def batch_of(model: Any, *, image: bool) -> dict[str, torch.Tensor]:
-    """One row of 512 tokens, half of them an image's."""
+def make_batch(model: Any, *, image: bool) -> dict[str, torch.Tensor]:
+    """Return one row of 512 tokens, half of them of an image."""
     config = model.config
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 500, (1, TOKENS), generator=draw)
@@ -56,7 +56,7 @@ def batch_of(model: Any, *, image: bool) -> dict[str, torch.Tensor]:
 
 
 def hooks(backbone: Any, on: bool) -> None:
-    """Install the hooks, or take them out again."""
+    """Install or remove the hooks."""
     if on:
         install_dummy_vision(backbone)
         return
@@ -69,15 +69,15 @@ def hooks(backbone: Any, on: bool) -> None:
 
 
 def seconds(model: Any, batch: dict[str, torch.Tensor]) -> float:
-    """CPU seconds of one forward and backward pass."""
+    """Measure the CPU seconds of one forward and backward pass."""
     model.zero_grad(set_to_none=True)
     start = time.process_time()
     model(**batch, use_cache=False).loss.backward()
     return time.process_time() - start
 
 
-def own_seconds(model: Any, backbone: Any, batch: dict[str, torch.Tensor]) -> tuple[list[float], list[float]]:
-    """Seconds of a thread in the hooks, step by step, and CPU seconds of the steps."""
+def time_hooks(model: Any, backbone: Any, batch: dict[str, torch.Tensor]) -> tuple[list[float], list[float]]:
+    """Measure the thread seconds spent in the hooks and the CPU seconds, per step."""
     hooks(backbone, True)
     spent = 0.0
 
@@ -106,8 +106,8 @@ def own_seconds(model: Any, backbone: Any, batch: dict[str, torch.Tensor]) -> tu
     return of_hooks[1:], of_steps[1:]
 
 
-def called(module: torch.nn.Module, times: int = 2000) -> float:
-    """CPU seconds of one call of a module that does nothing, the fastest of some."""
+def time_call(module: torch.nn.Module, times: int = 2000) -> float:
+    """Measure the CPU seconds of one call of an empty module (minimum of ten)."""
     nothing, found = torch.zeros(1), []
     for _ in range(10):
         start = time.process_time()
@@ -117,16 +117,16 @@ def called(module: torch.nn.Module, times: int = 2000) -> float:
     return min(found)
 
 
-def to_be_called(backbone: Any) -> float:
-    """CPU seconds a step that PyTorch spends on calling the hooks: one for each sparse layer, and one before all."""
+def time_hook_calls(backbone: Any) -> float:
+    """Estimate the CPU seconds per step that PyTorch spends on calling the hooks."""
     plain, hooked = torch.nn.Identity(), torch.nn.Identity()
     hooked.register_forward_hook(lambda module, args, output: None)
     count = sum(hook in OURS for module in backbone.modules() for hook in module._forward_hooks.values())
-    return (count + 1) * max(called(hooked) - called(plain), 0.0)
+    return (count + 1) * max(time_call(hooked) - time_call(plain), 0.0)
 
 
-def to_agree(backbone: Any) -> float:
-    """CPU seconds in which a process says whether it saw an image, without waiting for another one."""
+def time_agreement(backbone: Any) -> float:
+    """Measure the CPU seconds of the all-reduce over one process (95th percentile)."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     found = []
     for _ in range(ROUNDS):
@@ -138,17 +138,21 @@ def to_agree(backbone: Any) -> float:
     return statistics.quantiles(found, n=20)[-1]
 
 
-def bound(model: Any, backbone: Any, batch: dict[str, torch.Tensor]) -> str:
-    """What the hooks take of a step with an image, at most."""
-    of_hooks, of_steps = own_seconds(model, backbone, batch)
-    hooked, calls, agreement = statistics.quantiles(of_hooks, n=20)[-1], to_be_called(backbone), to_agree(backbone)
-    parts = f"{hooked * 1e6:.0f} µs in the hooks, {calls * 1e6:.0f} to call them, {agreement * 1e6:.0f} to agree"
+def upper_bound(model: Any, backbone: Any, batch: dict[str, torch.Tensor]) -> str:
+    """Return the upper bound of the overhead as a line of text."""
+    of_hooks, of_steps = time_hooks(model, backbone, batch)
+    hooked, calls, agreement = (
+        statistics.quantiles(of_hooks, n=20)[-1],
+        time_hook_calls(backbone),
+        time_agreement(backbone),
+    )
+    parts = f"{hooked * 1e6:.0f} µs in the hooks, {calls * 1e6:.0f} to call them, {agreement * 1e6:.0f} in all-reduce"
     share = (hooked + calls + agreement) / min(of_steps)
-    return f"directly: {parts}, of a step of {min(of_steps) * 1e3:.0f} ms: {share:.2%} at most"
+    return f"upper bound: {parts}, of a step of {min(of_steps) * 1e3:.0f} ms: {share:.2%}"
 
 
 def main() -> None:
-    """Print the bound and both ratios."""
+    """Print the upper bound and both ratios."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         preset = sys.argv[1] if len(sys.argv) > 1 else "tiny"
@@ -156,9 +160,9 @@ def main() -> None:
     base = bundle.model
     attach_adapter(bundle, AdapterBlock(scopes=["attention", "text_experts", "vision_experts"], rank=8))
     bundle.model.train()
-    print("with an image,", bound(bundle.model, base.model, batch_of(base, image=True)))
-    for name, image in (("with an image", True), ("text alone", False)):
-        batch = batch_of(base, image=image)
+    print("with an image,", upper_bound(bundle.model, base.model, make_batch(base, image=True)))
+    for name, image in (("with an image", True), ("text only", False)):
+        batch = make_batch(base, image=image)
         times: dict[bool, list[float]] = {True: [], False: []}
         for round_ in range(ROUNDS + 1):
             for on in (True, False) if round_ % 2 else (False, True):
