@@ -31,7 +31,6 @@ class CompletionLog:
         """Write the table of a step, over a table that an interrupted run left."""
         from datasets import Dataset
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:06d}.parquet"
         with atomic_path(path) as partial:
             Dataset.from_list(rows).to_parquet(partial)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from ernie_align.data.render import Renderer
     from ernie_align.models.architecture import Architecture
     from ernie_align.models.load import Bundle
+    from ernie_align.stages.upo.offline_pairs import OfflinePairs
 
 _WRONG_ANSWER = "I do not know."
 _GB = 1e9
@@ -107,19 +107,10 @@ class UpoStage(Stage):
         callbacks: list[TrainerCallback],
     ) -> Trainer:
         from ernie_align.stages.upo.completion_log import CompletionLog
-        from ernie_align.stages.upo.offline_pairs import OfflinePairs
         from ernie_align.stages.upo.trainer import UPOTrainer
 
         block = recipe.upo
         folder = Path(config.output_dir)
-        make_pairs = partial(
-            OfflinePairs,
-            collate=PairCollator(
-                bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor, row_name=datasets.row_name
-            ),
-            stored=precomputed_reference(recipe, bundle, folder, depends_on=f"temperature {block.temperature}"),
-            seed=recipe.run.seed,
-        )
         rewards = build_rewards(recipe.rewards, cache=folder / "judged")
         _check_reward_columns(rewards, datasets.train)
         prompts = config.generation_batch_size // config.num_generations
@@ -140,13 +131,27 @@ class UpoStage(Stage):
             renderer=datasets.renderer,
             image_processor=bundle.image_processor,
             reference_model=load_reference_model(recipe, bundle) if _has_second_model(recipe) else None,
-            pairs={name: make_pairs(name, rows) for name, rows in datasets.extra.items()},
+            pairs=_load_offline_pairs(recipe, bundle, datasets, folder) if datasets.extra else {},
             completion_log=CompletionLog(folder / "completions", block.completions_steps),
         )
 
 
 def _has_second_model(recipe: UpoRecipe) -> bool:
     return recipe.adapter is None and recipe.upo.needs_reference
+
+
+def _load_offline_pairs(
+    recipe: UpoRecipe, bundle: Bundle, datasets: Datasets, run_dir: Path
+) -> dict[str, OfflinePairs]:
+    from ernie_align.stages.upo.offline_pairs import OfflinePairs
+
+    pad_token_id, image_processor = bundle.tokenizer.pad_token_id, bundle.image_processor
+    collate = PairCollator(pad_token_id, image_processor=image_processor, row_name=datasets.row_name)
+    stored = precomputed_reference(recipe, bundle, run_dir, depends_on=f"temperature {recipe.upo.temperature}")
+    return {
+        name: OfflinePairs(name, rows, collate=collate, stored=stored, seed=recipe.run.seed)
+        for name, rows in datasets.extra.items()
+    }
 
 
 def _batches_per_rollout(recipe: UpoRecipe) -> int:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,11 @@ from ernie_align.stages.fused_head import fused_head_forward
 from ernie_align.stages.trainer import AlignmentTrainer, mean_over_ranks
 from ernie_align.stages.upo.completion_log import CompletionLog, completion_table
 from ernie_align.stages.upo.groups import Group
-from ernie_align.stages.upo.offline_pairs import OfflinePairs
 from ernie_align.stages.upo.recipe import UpoBlock
 from ernie_align.stages.upo.rollouts import Generated, Metrics, RolloutSampler, RolloutState
+
+if TYPE_CHECKING:
+    from ernie_align.stages.upo.offline_pairs import OfflinePairs
 
 _log = logging.getLogger(__name__)
 
