@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ernie_align.errors import RecipeError
+from ernie_align.errors import RecipeError, did_you_mean
 
 PROFILES = Path(__file__).parent / "profiles"  # recipes/accelerate is a link to it
 # Names a folder with a file for each local rank: its process id, followed at its end by its exit code. A process that
@@ -35,10 +34,8 @@ def profile_path(profile: str) -> Path:
         return known
     if profile.endswith((".yaml", ".yml", ".json")) and Path(profile).is_file():
         return Path(profile)
-    close = difflib.get_close_matches(profile, profiles(), n=1)
-    guess = f"did you mean {close[0]}? " if close else ""
-    fix = f"{guess}choose from {', '.join(profiles())}, or give the path of an Accelerate config"
-    raise RecipeError.at("--launch", f"unknown profile {profile!r}", fix=fix)
+    why = f"choose from {', '.join(profiles())}, or give the path of an Accelerate config"
+    raise RecipeError.at("--launch", f"unknown profile {profile!r}", why=why, fix=did_you_mean(profile, profiles()))
 
 
 def launch_command(
