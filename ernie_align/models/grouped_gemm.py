@@ -130,7 +130,7 @@ class _LowRankExperts(torch.autograd.Function):
 
         value = _activate(gate_up)
         # A row's gradient is its token's gradient times its routing weight w. With w omitted here and multiplied into
-        # the thin products instead, the result is the gradient of y / w, and gives that of w too: <grad, y> =
+        # the thin products instead, the result is the gradient of y / w, and gives the one of w too: <grad, y> =
         # <grad·W, activated>. So y need not be kept, and the wide gradient need not be multiplied.
         w = _gather_weights(top_k_weights, rows)
         grad_y = _gather_tokens(grad.to(value.dtype), rows)

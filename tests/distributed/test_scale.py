@@ -140,8 +140,10 @@ def test_one_process_resumes_the_run_of_two(folder, resumed, case):
 
 
 def test_four_ranks_resume_the_runs_of_others(folder, launcher, one_process):
-    """Of two, from shards, and of one: its experts are elsewhere in its optimizer, and form a group of their own on
-    four ranks; its adapter and moments are whole, and each of four ranks takes its shard."""
+    """From shards of two ranks, and from one rank, whose optimizer has no separate group for distributed experts.
+
+    One rank writes its adapter and moments unsharded, and each of four ranks takes its shard.
+    """
     sharded, expert_parallel, adapter = "fsdp2:sft-all", "ep:sft-all", "ep:lora-vision+checkpointing"
     replicated = "hsdp:sft-all"  # over two machines with two ranks each
     started = {

@@ -127,7 +127,7 @@ def test_pickles_are_never_loaded(copy_of):
 
 
 def test_pickled_and_truncated_adapters_are_refused(checkpoints, tmp_path):
-    """PEFT would load adapter_model.bin if there is no other file."""
+    """PEFT would load adapter_model.bin otherwise."""
     from ernie_align.models.adapters import attach_adapter
     from ernie_align.recipe import AdapterBlock
 
