@@ -14,7 +14,7 @@ from ernie_align.data.row import RowFault
 from ernie_align.errors import AlignError, DataError
 from ernie_align.evaluation.generate import Sampling, generate_answer
 from ernie_align.models.load import Bundle
-from ernie_align.rewards.completion import parse_completion
+from ernie_align.rewards.reward import parse_completion
 
 COMMANDS = {
     "/image": "PATH  attach an image to the next message; repeat for several",

@@ -25,8 +25,7 @@ from ernie_align.evaluation.response_cache import ResponseCache, fingerprint
 from ernie_align.evaluation.routing import RoutingSnapshot, describe, first_of_each, take_routing_snapshot
 from ernie_align.evaluation.runner import CheckpointResult, Figure, Groups, Requests
 from ernie_align.models.checkpoint_files import CheckpointFiles
-from ernie_align.models.environment import environment
-from ernie_align.models.load import load_model
+from ernie_align.models.load import environment, load_model
 from ernie_align.recipe.evaluation import EvalConfig
 from ernie_align.recipe.load import load_block
 

@@ -11,7 +11,7 @@ from ernie_align.data.render import Renderer, renderer_of
 from ernie_align.data.row import Row
 from ernie_align.models.load import Bundle
 from ernie_align.models.routing import mm_token_type_ids
-from ernie_align.models.routing_stats import check_routing, count_routed_tokens, find_expert_pools
+from ernie_align.models.token_dispatch import check_routing, count_routed_tokens, find_expert_pools
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList

@@ -12,7 +12,7 @@ from ernie_align.data.render import IGNORE_INDEX, Renderer
 from ernie_align.data.row import Row
 from ernie_align.evaluation.generate import Key, Skip, iter_batches
 from ernie_align.models.load import Bundle
-from ernie_align.models.routing_stats import check_routing, count_routed_tokens, find_expert_pools
+from ernie_align.models.token_dispatch import check_routing, count_routed_tokens, find_expert_pools
 
 if TYPE_CHECKING:
     from torch import Tensor

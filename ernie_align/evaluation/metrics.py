@@ -18,7 +18,7 @@ from ernie_align.evaluation.intervals import Part
 from ernie_align.evaluation.questions import Question
 from ernie_align.recipe import evaluation as blocks
 from ernie_align.rewards import Reward, build_rewards, missing_columns
-from ernie_align.rewards.completion import answer_text, parse_completion, reasoning_text
+from ernie_align.rewards.reward import answer_text, parse_completion, reasoning_text
 from ernie_align.rewards.verifiers import expected_texts, split_units
 
 # The model's response to a row: `answers` [{text, ids}] and `opened` (the prompt opens the reasoning); or `nll` and

@@ -12,7 +12,7 @@ from ernie_align.data.collate import Collator, model_inputs
 from ernie_align.data.render import Renderer, renderer_of
 from ernie_align.evaluation.questions import Question, load_questions
 from ernie_align.models.load import Bundle
-from ernie_align.models.routing_stats import record_expert_choices
+from ernie_align.models.token_dispatch import record_expert_choices
 from ernie_align.recipe.evaluation import DataSetBlock
 
 if TYPE_CHECKING:

@@ -1,9 +1,14 @@
-"""Load a checkpoint as a bundle of model, tokenizer, processor and architecture, with the routing hooks installed."""
+"""Load a checkpoint as a bundle of model, tokenizer, processor and architecture, with the routing hooks installed.
+
+Also the versions and the hardware that results depend on.
+"""
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,3 +173,24 @@ def _load_adapter(files: CheckpointFiles, *, dtype: str, attention: str) -> Bund
     bundle = load_model(base, dtype=dtype, revision=config.get("revision"), attention=attention, where=files.where)
     bundle.model = load_adapter(bundle.model, files.name, revision=files.revision)
     return bundle
+
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
+
+
+def environment() -> dict[str, Any]:
+    """Return versions and hardware that affect results."""
+    import torch
+
+    from ernie_align.models.pixels import pixel_backend
+
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "ernie_align": version("ernie-align"),
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "platform": platform.platform(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "pixels_by": pixel_backend(),
+    }

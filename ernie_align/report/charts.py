@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ernie_align.report.text import visible
+from ernie_align.report.console import visible
 
 Points = Sequence[tuple[float, float]]
 

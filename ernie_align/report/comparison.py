@@ -8,8 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from ernie_align.evaluation import Evaluation
-from ernie_align.report.console import make_table
-from ernie_align.report.text import markup
+from ernie_align.report.console import make_table, markup
 
 Report = Mapping[str, Any]  # report.json
 Key = tuple[str, str, str]  # data set, kind, metric

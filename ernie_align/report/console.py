@@ -10,19 +10,20 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from ernie_align.data.load import SourceStats
 from ernie_align.data.preview import TokenSpan
 from ernie_align.models.trainable_parts import ParameterSummary
-from ernie_align.report.text import markup, visible
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
     from transformers import TrainerCallback
 
     from ernie_align.models.text_parity import TextProbe
+
 
 _FILE_WIDTH = 140  # columns
 _SHOWN_DROPS = 3  # rows per reason; data.json lists more
@@ -150,3 +151,23 @@ def quiet_libraries() -> None:
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+# Rows may contain control characters besides tab and line feed; on a terminal or a page they would do harm.
+_VISIBLE = (
+    {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
+    | {0x7F: 0x2421, 0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD}
+    | dict.fromkeys(
+        (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)), 0xFFFD
+    )
+)
+
+
+def visible(text: object) -> str:
+    """Show control characters as symbols; replace lone surrogates and bidirectional controls by U+FFFD."""
+    return str(text).translate(_VISIBLE)
+
+
+def markup(text: object) -> str:
+    """Return visible text as rich markup that prints its brackets unchanged."""
+    return escape(visible(text))

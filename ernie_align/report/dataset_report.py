@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ernie_align.dataset_report import DatasetReport, Histogram, SourceReport
 from ernie_align.report import charts
-from ernie_align.report.text import visible
+from ernie_align.report.console import visible
 
 _SHOWN_ROWS = 3  # per reason; JSON and the page name more
 _SHOWN_SCRIPTS = 4

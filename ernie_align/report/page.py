@@ -20,9 +20,9 @@ from ernie_align.report.comparison import (
     percentage_series,
     percentages,
 )
+from ernie_align.report.console import visible
 from ernie_align.report.dataset_report import section
 from ernie_align.report.folders import EvaluationReport, Run, read
-from ernie_align.report.text import visible
 
 # Title of a chart -> keys of metrics.jsonl in it. A key ending in / means every key one level below.
 _CURVES = {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ernie_align.report import charts
 from ernie_align.report.comparison import percentage_series
-from ernie_align.report.text import visible
+from ernie_align.report.console import visible
 
 if TYPE_CHECKING:
     from ernie_align.evaluation import Evaluation, RoutedToken

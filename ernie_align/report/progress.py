@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from ernie_align.report.console import make_table
-from ernie_align.report.text import markup
+from ernie_align.report.console import make_table, markup
 
 _SHOWN = {  # logged key -> label
     "loss": "loss",

@@ -16,9 +16,8 @@ from typing import Any
 from ernie_align.errors import RecipeError
 from ernie_align.recipe import rewards as blocks
 from ernie_align.rewards import sandbox, verifiers
-from ernie_align.rewards.completion import answer_text, reasoning_text
 from ernie_align.rewards.judge import judge
-from ernie_align.rewards.reward import Scorer, by_row, source_line
+from ernie_align.rewards.reward import Scorer, answer_text, by_row, reasoning_text, source_line
 
 _PATTERN_SECONDS = 1.0  # of computing for one answer; a pattern that takes longer is backtracking
 

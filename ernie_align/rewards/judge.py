@@ -18,8 +18,7 @@ from typing import Any
 
 from ernie_align.errors import RecipeError, RunError
 from ernie_align.recipe.rewards import JudgeReward
-from ernie_align.rewards.completion import answer_text, content_text
-from ernie_align.rewards.reward import Scorer, Scores, source_line
+from ernie_align.rewards.reward import Scorer, Scores, answer_text, content_text, source_line
 
 _INSTRUCTIONS = """\
 You grade the answer of an assistant by a rubric.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ernie_align.rewards.completion import CLOSE, OPEN
+from ernie_align.rewards.reward import CLOSE, OPEN
 
 # -- text -------------------------------------------------------------------------------------------------------------
 

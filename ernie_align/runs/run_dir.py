@@ -15,15 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from ernie_align.checkpoints import (
-    flush_to_disk,
-    integrity_error,
-    partial_checkpoint,
-    write_atomically,
-    write_manifest,
-)
+from ernie_align.checkpoints import flush_to_disk, integrity_error, partial_checkpoint, write_atomically, write_manifest
 from ernie_align.errors import AlignError, Fault, RunError
-from ernie_align.models.environment import environment
+from ernie_align.models.load import environment
 from ernie_align.recipe import Recipe, differences, to_yaml
 from ernie_align.runs.distributed import RankGroup
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from ernie_align.errors import ModelError, RunError
 from ernie_align.models.routing import ModalityTokens, moe_mm_token_type_ids
-from ernie_align.models.routing_stats import find_expert_pools
+from ernie_align.models.token_dispatch import find_expert_pools
 from ernie_align.recipe import Recipe, to_yaml
 from ernie_align.runs.reporter import SilentReporter
 from ernie_align.runs.train import run

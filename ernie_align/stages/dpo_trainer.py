@@ -21,7 +21,7 @@ from ernie_align.data.render import IGNORE_INDEX
 from ernie_align.models import packed_attention
 from ernie_align.models.image_cache import ImageFeatureCache, find_backbone
 from ernie_align.models.routing import ModalityTokens, moe_mm_token_type_ids
-from ernie_align.models.routing_stats import count_expert_flips, record_expert_choices
+from ernie_align.models.token_dispatch import count_expert_flips, record_expert_choices
 from ernie_align.stages.fused_head import fused_head_forward, score_positions
 from ernie_align.stages.reference import ReferenceLogps
 from ernie_align.stages.trainer import AlignmentTrainer

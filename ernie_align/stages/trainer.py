@@ -33,7 +33,7 @@ from ernie_align.models.distributed.dummy_vision import (
 from ernie_align.models.distributed.rank0_loading import give_distinct_addresses
 from ernie_align.models.distributed.sharding import apply_fsdp
 from ernie_align.models.image_cache import is_vision_frozen
-from ernie_align.models.routing_stats import check_routing, count_routed_tokens, find_expert_pools
+from ernie_align.models.token_dispatch import check_routing, count_routed_tokens, find_expert_pools
 from ernie_align.stages.deepspeed import split_vision_groups, validate_checkpoint, validate_deepspeed
 from ernie_align.stages.sharded_checkpoint import (
     SHARDED_DIR,

@@ -291,7 +291,7 @@ def test_transformers_still_misroutes_a_batch_without_the_tensor(checkpoints):
     """models.modality derives it; when this fails the backbone does so itself."""
     from transformers import Ernie4_5_VLMoeForConditionalGeneration
 
-    from ernie_align.models.routing_stats import count_routed_tokens, find_expert_pools
+    from ernie_align.models.token_dispatch import count_routed_tokens, find_expert_pools
 
     model = Ernie4_5_VLMoeForConditionalGeneration.from_pretrained(checkpoints["vl_moe"])
     ids = torch.tensor([[3, model.config.image_start_token_id, model.config.image_end_token_id, 5]])

@@ -10,7 +10,7 @@ import torch
 from ernie_align.errors import ModelError
 from ernie_align.models.load import load_model
 from ernie_align.models.routing import ModalityTokens, derive_token_types, mm_token_type_ids, moe_mm_token_type_ids
-from ernie_align.models.routing_stats import check_routing, count_routed_tokens, find_expert_pools
+from ernie_align.models.token_dispatch import check_routing, count_routed_tokens, find_expert_pools
 from tests.support.runs import batch_with_images
 
 TOKENS = ModalityTokens(image=7, image_start=8, image_end=9, video=10, video_start=11, video_end=12)

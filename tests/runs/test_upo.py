@@ -12,7 +12,7 @@ import torch
 from ernie_align import losses
 from ernie_align.errors import ModelError, RecipeError, RunError
 from ernie_align.models.routing import mm_token_type_ids
-from ernie_align.models.routing_stats import count_routed_tokens, find_expert_pools
+from ernie_align.models.token_dispatch import count_routed_tokens, find_expert_pools
 from ernie_align.runs import load_recipe, set_up
 from tests.support.runs import FAMILIES, beside, logged, recipe_of, run_quietly, stopped_after, tensors_of, write_rows
 

@@ -413,16 +413,16 @@ def test_broken_tables_are_named(kind, tmp_path):
 
 
 def test_an_endless_row_is_refused_without_being_held(tmp_path):
-    from ernie_align.data import json_rows
+    from ernie_align.data import sources
 
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
         file.write(b'{"prompt": "one?"}\n')
         file.truncate(64 << 20)  # the rest is one line of zeros, a hole that takes no space on disk
     tracemalloc.start()
-    first, second = json_rows.find_rows([str(path)])
+    first, second = sources.find_rows([str(path)])
     with pytest.raises(RowFault, match="is over the limit of 5,242,880"):
-        json_rows.read_row(str(path), second, max_bytes=5 << 20)
+        sources.read_row(str(path), second, max_bytes=5 << 20)
     assert tracemalloc.get_traced_memory()[1] < 10 << 20 and first.line == 1 and second.line == 2
     tracemalloc.stop()
 

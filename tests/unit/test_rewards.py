@@ -7,8 +7,7 @@ import pytest
 from ernie_align.errors import RunError
 from ernie_align.recipe.rewards import ContainsReward, ExactMatchReward, FormatReward, LengthReward, ThinkingReward
 from ernie_align.rewards import build_rewards, missing_columns
-from ernie_align.rewards.completion import answer_text, parse_completion, reasoning_text
-from ernie_align.rewards.reward import Reward, Scorer, source_line
+from ernie_align.rewards.reward import Reward, Scorer, answer_text, parse_completion, reasoning_text, source_line
 from ernie_align.rewards.verifiers import contains, exact_match, repetition, thinking, within_length
 
 

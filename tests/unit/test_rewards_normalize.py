@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ernie_align.rewards.normalize import compute_advantages
+from ernie_align.losses import compute_advantages
 
 NAN = float("nan")
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from ernie_align import losses
 from ernie_align.data import media
 from ernie_align.data.collate import load_pixels, pad
+from ernie_align.losses import compute_advantages
 from ernie_align.models.image_cache import deduplicate_images
 from ernie_align.models.routing import ModalityTokens, mm_token_type_ids, moe_mm_token_type_ids
-from ernie_align.models.routing_stats import count_expert_flips, record_expert_choices
+from ernie_align.models.token_dispatch import count_expert_flips, record_expert_choices
 from ernie_align.rewards import Reward
-from ernie_align.rewards.completion import parse_completion
-from ernie_align.rewards.normalize import compute_advantages
+from ernie_align.rewards.reward import parse_completion
 from ernie_align.stages.upo.completion_log import rollout_metrics
 from ernie_align.stages.upo.groups import Group, Sample, select_pairs, set_rewards, split_into_batches
 from ernie_align.stages.upo.recipe import UpoBlock

@@ -11,7 +11,7 @@ from ernie_align.data.pairs import PairCollator, PairEncoder
 from ernie_align.data.prompts import PromptEncoder
 from ernie_align.errors import RecipeError
 from ernie_align.rewards import Reward, build_rewards, missing_columns
-from ernie_align.rewards.completion import parse_completion
+from ernie_align.rewards.reward import parse_completion
 from ernie_align.stages.base import Datasets, ExtraSources, MemoryProfile, Stage, trl_config
 from ernie_align.stages.reference import load_reference_model, precomputed_reference
 from ernie_align.stages.upo.recipe import UpoRecipe
