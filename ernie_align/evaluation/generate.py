@@ -11,7 +11,6 @@ from ernie_align.data.render import Renderer, renderer_of
 from ernie_align.data.row import Row
 from ernie_align.models.load import Bundle
 from ernie_align.models.routing import mm_token_type_ids
-from ernie_align.models.token_dispatch import check_routing, count_routed_tokens, find_expert_pools
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList
@@ -109,6 +108,8 @@ def _generate(
     write: Callable[[str], None] | None = None,
 ) -> list[list[int]]:
     import torch
+
+    from ernie_align.models.token_dispatch import check_routing, count_routed_tokens, find_expert_pools
 
     model = bundle.model
     device = next(model.parameters()).device

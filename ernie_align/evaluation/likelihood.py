@@ -12,7 +12,6 @@ from ernie_align.data.render import IGNORE_INDEX, Renderer
 from ernie_align.data.row import Row
 from ernie_align.evaluation.generate import Key, Skip, iter_batches
 from ernie_align.models.load import Bundle
-from ernie_align.models.token_dispatch import check_routing, count_routed_tokens, find_expert_pools
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +70,7 @@ def labeled_logps(bundle: Bundle, batch: dict[str, Any], labels: Tensor) -> Tens
     import torch
 
     from ernie_align.losses import token_logps
+    from ernie_align.models.token_dispatch import check_routing, count_routed_tokens, find_expert_pools
 
     device = next(bundle.model.parameters()).device
     inputs = {name: values.to(device) for name, values in model_inputs(batch).items()}

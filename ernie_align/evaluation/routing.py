@@ -12,7 +12,6 @@ from ernie_align.data.collate import Collator, model_inputs
 from ernie_align.data.render import Renderer, renderer_of
 from ernie_align.evaluation.questions import Question, load_questions
 from ernie_align.models.load import Bundle
-from ernie_align.models.token_dispatch import record_expert_choices
 from ernie_align.recipe.evaluation import DataSetBlock
 
 if TYPE_CHECKING:
@@ -78,6 +77,8 @@ def first_of_each(questions: Sequence[Question], count: int) -> list[Question]:
 def take_routing_snapshot(bundle: Bundle, renderer: Renderer, questions: Sequence[Question]) -> RoutingSnapshot | None:
     """Run each prompt in a forward pass of its own, so that no padding is routed. Return None without routers."""
     import torch
+
+    from ernie_align.models.token_dispatch import record_expert_choices
 
     device = next(bundle.model.parameters()).device
     collate = Collator(bundle.tokenizer.pad_token_id, image_processor=bundle.image_processor)
