@@ -143,7 +143,7 @@ def test_every_faulty_row_is_named_at_once(tmp_path, encode, digits, sample):
     told = [(fault.where.removeprefix(f"{path}:"), fault.what) for fault in caught.value.faults]
     assert [line for line, _ in told] == ["2", "3", "5", "6", "7"]
     for (_, what), says in zip(
-        told, ["empty answer", "no such image", "broken", "aspect ratio of 500", "1 image parts for 0"], strict=True
+        told, ["empty answer", "no such image", "broken", "aspect ratio 500", "1 image parts for 0"], strict=True
     ):
         assert says in what
     assert all(fault.fix for fault in caught.value.faults)

@@ -105,7 +105,7 @@ def test_counts_and_lengths_are_those_of_training(stage, checkpoints, digits, tm
     sources = check_data(recipe, workers=1).sources
     prepared = prepare_data(set_up(recipe))
     assert [found.count for found in sources] == prepared.counts
-    examples = [prepared.train, *prepared.beside.values()]
+    examples = [prepared.train, *prepared.extra.values()]
     assert len(sources) == len(examples) == (2 if stage == "upo" else 1)
     for found, kept in zip(sources, examples, strict=True):
         limit, dropped = found.max_length, sum(found.count.dropped.values())

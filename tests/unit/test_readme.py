@@ -1,4 +1,4 @@
-"""The README is one screen, and its figures are those of the planner and of the demo. Its code: tests/unit/test_docs.py."""
+"""The README fits on one screen, and its figures are those of the planner and of the demo."""
 
 from __future__ import annotations
 
