@@ -110,9 +110,13 @@ def did_you_mean(word: str, choices: Iterable[str], *, otherwise: str = "") -> s
     return f"choose from {', '.join(choices)}" if choices else otherwise
 
 
-def find_secret(text: str) -> str | None:
-    """Return the name of the first kind of secret that the text contains, or None."""
-    return next((name for name, pattern in _SECRETS.items() if pattern.search(text)), None)
+def find_secrets(entries: Iterable[tuple[str, str]]) -> list[str | None]:
+    """Return for each (key, text) the kind of secret that the text contains or that the key names, or None."""
+    return [
+        next((name for name, pattern in _SECRETS.items() if pattern.search(text)), None)
+        or ("a secret, by the name of its key" if text and is_secret_key(key) else None)
+        for key, text in entries
+    ]
 
 
 def is_secret_key(key: str) -> bool:

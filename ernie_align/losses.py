@@ -46,32 +46,6 @@ def dpo_sigmoid(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: f
     return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios))
 
 
-def hinge(chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float) -> Tensor:
-    """(P,) log-ratios -> (P,).
-
-    max(0, 1 - β · (ratio_w - ratio_l))
-    Zhao et al. (2023), SLiC-HF, https://arxiv.org/abs/2305.10425, on the ratios, as Liu et al. (2023), RSO, have it.
-    """
-    return torch.relu(1 - beta * (chosen_logratios - rejected_logratios))
-
-
-def ipo(
-    chosen_logratios: Tensor,
-    rejected_logratios: Tensor,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-    *,
-    beta: float,
-) -> Tensor:
-    """(P,) log-ratios and lengths in trained tokens -> (P,).
-
-    (ratio_w / |y_w| - ratio_l / |y_l| - 1 / 2β)²
-    Azar et al. (2023), A General Theoretical Paradigm, eq. 17, https://arxiv.org/abs/2310.12036; per token, as its
-    authors meant it.
-    """
-    return (chosen_logratios / chosen_lengths - rejected_logratios / rejected_lengths - 1 / (2 * beta)) ** 2
-
-
 def simpo(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -112,16 +86,6 @@ def clipped_policy(
     ratio = torch.exp(logps - old_logps)
     objective = torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - low, 1 + high) * advantages[:, None])
     return -(objective * mask).sum() / mask.sum().clamp(min=1)
-
-
-def k3_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """Log-probabilities of the sampled tokens, any shape -> an estimate of KL(π ‖ π_ref) for each, never negative.
-
-    e^d - d - 1, d = log π_ref - log π
-    Schulman (2020), Approximating KL divergence, the estimator k3. http://joschu.net/blog/kl-approx.html
-    """
-    difference = ref_logps - logps
-    return torch.exp(difference) - difference - 1
 
 
 def best_and_worst(rewards: Tensor, *, margin: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from ruamel.yaml.composer import MaxDepthExceededError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from ernie_align.errors import Fault, RecipeError, find_secret, is_secret_key
+from ernie_align.errors import Fault, RecipeError, find_secrets
 
 Path = tuple[str | int, ...]
 COMMAND_LINE = "command line"
@@ -90,6 +90,10 @@ class Document:
         """Return `file:line:column  dotted.key`, or `command line: dotted.key`, with which an error begins."""
         place = self.place(path, of_key=of_key)
         return f"{place}: {dotted(path)}" if place == COMMAND_LINE else f"{place}  {dotted(path)}".rstrip()
+
+    def addresses(self) -> dict[Path, str]:
+        """Return the address of every value in the document."""
+        return {path: self.address(path) for path in self.places}
 
 
 def parse_document(text: str, name: str) -> Document:
@@ -232,17 +236,17 @@ def _set_value(document: Document, path: Path, value: Document) -> Fault | None:
 
 def reject_secrets(document: Document) -> None:
     """Raise RecipeError with the place of each secret in values and comments, without showing any of them."""
-    faults = []
-    for path, key, value in _leaves(document.values, (), ""):
-        if not isinstance(value, str) or not value:
-            continue
-        what = find_secret(value) or ("a secret, by the name of its key" if is_secret_key(key) else None)
-        if what is not None:
-            faults.append(Fault(document.address(path), what, why=_SECRET_WHY, fix=_SECRET_FIX))
-    for number, line in enumerate(document.text.splitlines(), start=1):
-        if "#" in line and (what := find_secret(line[line.index("#") :])):
-            where = f"{document.name}:{number}"
-            faults.append(Fault(where, f"{what}, in a comment", why=_SECRET_WHY, fix=_SECRET_FIX))
+    leaves = [leaf for leaf in _leaves(document.values, (), "") if isinstance(leaf[2], str)]
+    lines = enumerate(document.text.splitlines(), start=1)
+    comments = [(f"{document.name}:{number}", line[line.index("#") :]) for number, line in lines if "#" in line]
+    entries = [(document.address(path), key, value, "") for path, key, value in leaves]
+    entries += [(where, "", comment, ", in a comment") for where, comment in comments]
+    secrets = find_secrets([(key, text) for _, key, text, _ in entries])
+    faults = [
+        Fault(where, secret + note, why=_SECRET_WHY, fix=_SECRET_FIX)
+        for (where, _, _, note), secret in zip(entries, secrets, strict=True)
+        if secret is not None
+    ]
     if faults:
         raise RecipeError(*faults)
 

@@ -149,7 +149,7 @@ class GenerationBlock(Block):
 
 
 class RetentionBlock(Block):
-    """Comparison with the first checkpoint beyond its answers: drift on text, and routing."""
+    """Comparison with the baseline beyond answers: drift on text, and routing."""
 
     text: list[DataSetBlock] = Field(default_factory=list, description="Held-out text; default: a page of our own")
     tokens: int = Field(1024, ge=1, description="Maximum tokens of text whose distributions are compared")

@@ -56,7 +56,7 @@ def load_recipe(
     recipe, faults = _validate(document, cls)
     if faults:
         raise RecipeError(*faults)
-    _record_places(recipe, document, ())
+    _record_places(recipe, document)
     recipe._given = document.text + "".join(f"# command line: {override}\n" for override in overrides)
     return recipe
 
@@ -71,7 +71,7 @@ def load_block(source: str | Path | Mapping[str, Any], cls: type[B], *, name: st
         block = cls.model_validate(document.values)
     except ValidationError as error:
         raise RecipeError(*sorted(_faults(error, document, cls, ()), key=_in_file_order)) from None
-    _record_places(block, document, ())
+    _record_places(block, document)
     return block
 
 
@@ -227,16 +227,20 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _record_places(block: Block, document: Document, path: tuple) -> None:
+def _record_places(block: Block, document: Document) -> None:
     """Record in each block the positions of its keys, so that later errors can quote them."""
-    block._places[""] = document.address(path) if path else document.name
-    for name in type(block).model_fields:
-        key_path = (*path, name)
-        if key_path in document.places:
-            block._places[name] = document.address(key_path)
-        value = getattr(block, name)
-        children = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
-        steps = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else [None]
-        for step, child in zip(steps, children, strict=True):
-            if isinstance(child, Block):
-                _record_places(child, document, key_path if step is None else (*key_path, step))
+    addresses = document.addresses()
+    waiting: list[tuple[Block, tuple]] = [(block, ())]
+    while waiting:
+        block, path = waiting.pop()
+        block._places[""] = addresses.get(path) or document.address(path) if path else document.name
+        for name in type(block).model_fields:
+            key_path = (*path, name)
+            if key_path in addresses:
+                block._places[name] = addresses[key_path]
+            value = getattr(block, name)
+            if isinstance(value, list | dict):
+                pairs = enumerate(value) if isinstance(value, list) else value.items()
+                waiting += [(child, (*key_path, step)) for step, child in pairs if isinstance(child, Block)]
+            elif isinstance(value, Block):
+                waiting.append((value, key_path))

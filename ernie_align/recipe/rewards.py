@@ -130,9 +130,7 @@ class MathReward(_Reward):
 
     name: Literal["math"]
     column: str = Field("answer", description="Row column with the expected answer, as LaTeX or plain text")
-    timeout: float = Field(
-        5.0, gt=0, description="Maximum seconds of computing for one comparison; a slower one gets 0"
-    )
+    timeout: float = Field(5.0, gt=0, description="Computing time of one comparison, in seconds; a slower one gets 0")
 
 
 class FormatReward(_Reward):

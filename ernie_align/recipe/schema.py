@@ -163,10 +163,13 @@ class AdapterBlock(Block):
         """part -> its settings, in the recipe's order, with the block's rank and alpha filled in."""
         settings = self.scopes if isinstance(self.scopes, dict) else dict.fromkeys(self.part_names)
         return {
-            part: (own or PartAdapter()).model_copy(
-                update={"rank": (own and own.rank) or self.rank, "alpha": (own and own.alpha) or self.alpha}
+            part: (setting or PartAdapter()).model_copy(
+                update={
+                    "rank": (setting and setting.rank) or self.rank,
+                    "alpha": (setting and setting.alpha) or self.alpha,
+                }
             )
-            for part, own in settings.items()
+            for part, setting in settings.items()
         }
 
     @property
@@ -205,7 +208,7 @@ class TuneBlock(Block):
     def parts(self) -> dict[str, PartTune]:
         """part -> its settings, in the recipe's order. `all` means every part."""
         if isinstance(self.scopes, dict):
-            return {part: own or PartTune() for part, own in self.scopes.items()}
+            return {part: setting or PartTune() for part, setting in self.scopes.items()}
         return dict.fromkeys(PARTS if self.scopes == "all" else self.scopes, PartTune())
 
 

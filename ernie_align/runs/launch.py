@@ -34,8 +34,8 @@ def profile_path(profile: str) -> Path:
         return known
     if profile.endswith((".yaml", ".yml", ".json")) and Path(profile).is_file():
         return Path(profile)
-    fix = f"{did_you_mean(profile, profiles())} (or give the path of an Accelerate config)"
-    raise RecipeError.at("--launch", f"unknown profile {profile!r}", fix=fix)
+    why = f"choose from {', '.join(profiles())}, or give the path of an Accelerate config"
+    raise RecipeError.at("--launch", f"unknown profile {profile!r}", why=why, fix=did_you_mean(profile, profiles()))
 
 
 def launch_command(

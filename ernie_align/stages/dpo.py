@@ -31,14 +31,9 @@ if TYPE_CHECKING:
 
 # Keys of TRL's config that define the loss: written under dpo:, with TRL's own names.
 _TRL_LOSS_KEYS = (
-    "beta",
-    "label_smoothing",
-    "ld_alpha",
-    "f_divergence_type",
-    "f_alpha_divergence_coef",
-    "use_weighting",
+    "beta", "label_smoothing", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting",
     "discopop_tau",
-)
+)  # fmt: skip
 _EXTRA_LOSSES = ("simpo", "dpop")
 _REFERENCE_FREE = frozenset({"simpo", "sft"})
 _LENGTH_NORMALIZED = frozenset({"simpo", "ipo", "sigmoid_norm", "sft"})
@@ -52,24 +47,9 @@ _RESERVED = {
 }
 
 LossType = Literal[
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
-    "simpo",
-    "dpop",
-]
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "simpo", "dpop",
+]  # fmt: skip
 
 
 class DpoBlock(Block):

@@ -22,7 +22,6 @@ from ernie_align.models import packed_attention
 from ernie_align.models.image_cache import ImageFeatureCache, find_backbone
 from ernie_align.models.routing import ModalityTokens, moe_mm_token_type_ids
 from ernie_align.models.routing_stats import count_expert_flips, record_expert_choices
-from ernie_align.stages.eval_metrics import count_non_padding_rows
 from ernie_align.stages.fused_head import fused_head_forward, score_positions
 from ernie_align.stages.reference import ReferenceLogps
 from ernie_align.stages.trainer import AlignmentTrainer
@@ -112,7 +111,7 @@ class PreferenceTrainer(AlignmentTrainer, DPOTrainer):
         TRL averages its metrics over the batches of all ranks, padding included, so it is given this rank's non-padding
         pairs alone.
         """
-        count = count_non_padding_rows(self.accelerator, len(reference[0]))
+        count = self.count_non_padding_rows(len(reference[0]))
         if not count:
             return reference[0].new_zeros(())
         mask = inputs["completion_mask"]
@@ -176,7 +175,7 @@ class PreferenceTrainer(AlignmentTrainer, DPOTrainer):
         ids = inputs["input_ids"]
         vision = torch.zeros_like(ids) if self.modality is None else moe_mm_token_type_ids(ids, self.modality)
         pairs = len(inputs["completion_mask"]) // 2
-        non_padding = torch.arange(pairs, device=ids.device) < count_non_padding_rows(self.accelerator, pairs)
+        non_padding = torch.arange(pairs, device=ids.device) < self.count_non_padding_rows(pairs)
         real = inputs["attention_mask"].bool() & non_padding.repeat(len(ids) // pairs)[:, None]
         for pool, (flipped, total) in count_expert_flips(policy, reference, real=real, vision=vision.bool()).items():
             self.eval_means.add(f"routing/flips_{pool}", flipped / max(total, 1), total)

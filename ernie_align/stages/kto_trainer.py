@@ -12,7 +12,6 @@ from trl import KTOTrainer
 
 from ernie_align.data.render import IGNORE_INDEX
 from ernie_align.models.image_cache import ImageFeatureCache, find_backbone
-from ernie_align.stages.eval_metrics import count_non_padding_rows
 from ernie_align.stages.fused_head import fused_head_forward
 from ernie_align.stages.trainer import AlignmentTrainer, TrainingMonitor
 
@@ -84,7 +83,7 @@ class UnpairedTrainer(AlignmentTrainer, KTOTrainer):
         The KL term is the mean over the non-padding rows of all ranks.
         """
         rows = len(inputs["label"])
-        count = count_non_padding_rows(self.accelerator, rows)
+        count = self.count_non_padding_rows(rows)
         fields = {name: value for name, value in vars(outputs).items() if torch.is_tensor(value) and value.ndim}
         outputs = SimpleNamespace(**{name: value[:count] for name, value in fields.items() if len(value) == rows})
         names = ("input_ids", "attention_mask", "completion_mask", "label", "ref_logps")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
 
+from ernie_align.checkpoints import atomic_path
 from ernie_align.errors import RunError
 from ernie_align.recipe import AdapterBlock, Recipe, TuneBlock
 from ernie_align.recipe.schema import fault
@@ -114,6 +115,7 @@ class ReferenceLogps:
         """
         from accelerate import PartialState
         from accelerate.utils import gather_object
+        from safetensors.torch import save_file
 
         path = self.folder / f"{name}.safetensors"
         fingerprint = self._fingerprint(dataset)
@@ -127,7 +129,8 @@ class ReferenceLogps:
         if columns is None:
             columns = self._compute(dataset, reference, batch_size, collate)
             if PartialState().is_main_process:
-                _write(path, columns, fingerprint)
+                with atomic_path(path) as partial:
+                    save_file(columns, partial, metadata={"fingerprint": fingerprint})
             PartialState().wait_for_everyone()
         for column, values in columns.items():
             dataset = dataset.add_column(column, values.tolist())
@@ -176,12 +179,3 @@ def _read(path: Path, fingerprint: str) -> dict[str, Tensor] | None:
             return {name: file.get_tensor(name) for name in ("ref_chosen_logps", "ref_rejected_logps")}
     except SafetensorError:  # written only in part
         return None
-
-
-def _write(path: Path, values: dict[str, Tensor], fingerprint: str) -> None:
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(values, partial, metadata={"fingerprint": fingerprint})
-    partial.replace(path)

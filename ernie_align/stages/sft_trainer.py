@@ -10,7 +10,6 @@ from trl import SFTTrainer
 
 from ernie_align.data.render import IGNORE_INDEX
 from ernie_align.models.image_cache import ImageFeatureCache, find_backbone
-from ernie_align.stages.eval_metrics import count_non_padding_rows
 from ernie_align.stages.fused_head import fused_head_forward
 from ernie_align.stages.trainer import AlignmentTrainer
 
@@ -29,7 +28,7 @@ class SupervisedTrainer(AlignmentTrainer, SFTTrainer):
         vision_tokens = self.monitor.pop_metadata(inputs)
         evaluating = not self.model.training
         if evaluating:
-            inputs["labels"][count_non_padding_rows(self.accelerator, len(inputs["labels"])) :] = IGNORE_INDEX
+            inputs["labels"][self.count_non_padding_rows(len(inputs["labels"])) :] = IGNORE_INDEX
         policy = self.accelerator.unwrap_model(self.model)
         forward = fused_head_forward(model, find_backbone(policy))
         # Without the cache, gradient checkpointing recomputes and differentiates a vision tower that is not trained.

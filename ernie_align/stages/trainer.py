@@ -7,13 +7,15 @@ import functools
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -33,7 +35,6 @@ from ernie_align.models.distributed.sharding import apply_fsdp
 from ernie_align.models.image_cache import is_vision_frozen
 from ernie_align.models.routing_stats import check_routing, count_routed_tokens, find_expert_pools
 from ernie_align.stages.deepspeed import split_vision_groups, validate_checkpoint, validate_deepspeed
-from ernie_align.stages.eval_metrics import SingleProcess, WeightedMeans
 from ernie_align.stages.sharded_checkpoint import (
     SHARDED_DIR,
     load_adapter_state,
@@ -191,6 +192,17 @@ class AlignmentTrainer(Trainer):
             self.monitor.end_step()
         return self.monitor.attach_to_graph(loss, self.model)
 
+    def count_non_padding_rows(self, rows: int) -> int:
+        """Return how many rows of this rank's batch in an evaluation, the first ones, belong to the data set.
+
+        The last batches are padded with rows from the beginning, so that all ranks take as many steps.
+        """
+        state, layout = self.accelerator.gradient_state, self.accelerator.parallelism_config
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        group_size = layout.tp_size if layout else 1  # ranks of one tensor-parallel group share a batch
+        return min(max(state.remainder - self.accelerator.process_index // group_size * rows, 0), rows)
+
     def without_gathering(self) -> Self:
         """Return a shallow copy whose TRL loss averages metrics over this rank alone, into `_metrics` of its own."""
         local = copy.copy(self)
@@ -316,3 +328,53 @@ class AlignmentTrainer(Trainer):
         trained = [pair for pair in self.model.named_parameters() if pair[1].requires_grad]
         decayed = set(self.get_decay_parameter_names(self.model))
         return [weight for decay in (True, False) for name, weight in trained if (name in decayed) is decay]
+
+
+class WeightedMeans:
+    """Weighted means, by name, over everything that all ranks see in an evaluation."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, name: str, value: float, weight: float) -> None:
+        """Add a mean over `weight` pairs or tokens of this rank."""
+        total, before = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (total + value * weight, before + weight)
+
+    def over_ranks(self) -> dict[str, float]:
+        """Return the mean of each name that any rank has added (0 if its weight is 0), and reset."""
+        sums = _sum_over_ranks(self._sums)
+        self._sums = {}
+        return {name: total / weight if weight else 0.0 for name, (total, weight) in sums.items()}
+
+
+class SingleProcess:
+    """Stands in for the accelerator in a loss that must not gather from other ranks."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.device = accelerator.device
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Return the values of this rank."""
+        return values
+
+    gather_for_metrics = gather
+
+    def reduce(self, values: Tensor, reduction: str) -> Tensor:
+        """Return the sum or mean over this rank."""
+        return values
+
+
+def mean_over_ranks(metrics: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """Return the mean of each metric over the values of all ranks, as lists of one value."""
+    sums = _sum_over_ranks({name: (sum(values), len(values)) for name, values in metrics.items()})
+    return {name: [total / count] for name, (total, count) in sums.items() if count}
+
+
+def _sum_over_ranks(local: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    sums: dict[str, tuple[float, float]] = {}
+    for sums_of_rank in gather_object([local]):
+        for name, (total, weight) in sums_of_rank.items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = (before[0] + total, before[1] + weight)
+    return sums

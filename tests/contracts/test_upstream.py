@@ -15,9 +15,9 @@ import torch
 from ernie_align.models.checkpoint_files import CheckpointFiles
 
 
-@pytest.mark.parametrize("name", ["SFT", "DPO", "GRPO"])
+@pytest.mark.parametrize("name", ["SFT", "DPO", "KTO", "GRPO"])
 def test_the_keys_read_from_the_source_are_those_of_trls_config(name):
-    """stages.upstream reads them without importing TRL."""
+    """stages.trl_keys reads them without importing TRL."""
     import trl
 
     from ernie_align.stages import trl_keys
@@ -29,15 +29,16 @@ def test_the_keys_read_from_the_source_are_those_of_trls_config(name):
 
 def test_every_key_that_is_set_elsewhere_is_a_key():
     from ernie_align.stages import STAGES
-    from ernie_align.stages.trl_keys import DPO_CONFIG, GRPO_CONFIG, SFT_CONFIG, training_model
+    from ernie_align.stages.trl_keys import DPO_CONFIG, GRPO_CONFIG, KTO_CONFIG, SFT_CONFIG, training_model
 
-    keys = {key for config in (SFT_CONFIG, DPO_CONFIG, GRPO_CONFIG) for key in training_model(config).model_fields}
+    configs = (SFT_CONFIG, DPO_CONFIG, KTO_CONFIG, GRPO_CONFIG)
+    keys = {key for config in configs for key in training_model(config).model_fields}
     for stage in STAGES.values():
         assert set(stage.recipe.reserved_training_keys()) <= keys
 
 
 def test_private_methods_that_are_overridden_or_called():
-    """stages.sft_trainer overrides two, data.render calls one."""
+    """stages.trainer overrides two, data.render calls one."""
     from transformers import Trainer
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
     from trl import SFTTrainer
@@ -106,6 +107,24 @@ def test_what_the_preference_trainer_overrides_or_calls():
     assert list(inspect.signature(Trainer._save).parameters) == ["self", "output_dir", "state_dict"]
 
 
+def test_what_the_kto_trainer_overrides_or_calls():
+    """stages.kto_trainer gives TRL finished log-probabilities; when TRL stops fixing the order of rows, it need not
+    shuffle by itself."""
+    from trl import KTOTrainer
+
+    assert list(inspect.signature(KTOTrainer._compute_loss).parameters) == ["self", "model", "inputs", "return_outputs"]
+    assert list(inspect.signature(KTOTrainer._compute_kl_logps).parameters) == ["self", "model", "batch"]
+    assert list(inspect.signature(KTOTrainer.compute_ref_log_probs).parameters) == ["self", "model", "inputs"]
+    loss = inspect.getsource(KTOTrainer._compute_loss)
+    for used in ('batch["ref_logps"]', 'batch["ref_KL_logps"]', "KL_logps = self._compute_kl_logps(model, batch)"):
+        assert used in loss
+    assert loss.index("if self.precompute_ref_logps:") < loss.index("self.ref_model(")
+    assert "gather_for_metrics(kl)" in loss  # the KL term is a mean over all ranks
+    reference = inspect.getsource(KTOTrainer.compute_ref_log_probs)
+    assert reference.count("input_ids=") == reference.count("fused_lm_head=True") == 2
+    assert 'args.train_sampling_strategy != "sequential"' in inspect.getsource(KTOTrainer.__init__)
+
+
 def test_what_shared_prompts_and_images_once_lean_on():
     """models.shared_prompt and models.vision_once reach transformers and TRL's head through arguments and hooks."""
     from transformers import masking_utils
@@ -167,7 +186,7 @@ def test_trainer_still_takes_a_step_beyond_the_last():
 
 
 def test_trainer_still_resumes_an_adapter_from_its_subfolders_alone():
-    """stages.dpo_trainer removes the reference's folder from checkpoints; when this fails it may stay."""
+    """stages.trainer removes the reference's folder from checkpoints; when this fails it may stay."""
     from transformers import Trainer
 
     assert "if adapter_subdirs:" in inspect.getsource(Trainer._load_from_checkpoint)
@@ -416,7 +435,7 @@ def test_the_stock_block_still_masks_element_by_element():
 
 
 def test_what_several_processes_lean_on():
-    """stages.sharded overrides these of Trainer; stages.evaluated reads how Accelerate fills up the last batches."""
+    """stages.trainer overrides these of Trainer, and reads how Accelerate pads the last batches of an evaluation."""
     from accelerate.state import GradientState
     from transformers import Trainer
 
@@ -452,7 +471,7 @@ def test_accelerate_still_takes_fsdp_for_ddp_without_an_accelerator():
 
 def test_what_reading_by_the_first_process_leans_on():
     """models.first, of Accelerate: weights go to meta and come back from process 0's state dict, buffers stay, and the
-    optimizer finds its weights by their addresses, which on meta are all 0 (stages.sharded.create_optimizer)."""
+    optimizer finds its weights by their addresses, which on meta are all 0 (AlignmentTrainer.create_optimizer)."""
     from accelerate import Accelerator
     from accelerate.utils import fsdp_utils
     from transformers import Trainer

@@ -73,12 +73,10 @@ def test_a_rank_recognizes_the_folder_that_rank_0_has_locked(tmp_path):
 
 
 def test_an_unknown_profile():
-    with pytest.raises(RecipeError, match=r"unknown profile 'fspd2'[\s\S]*did you mean fsdp2\?.*Accelerate config"):
+    with pytest.raises(RecipeError, match=r"choose from cpu, ddp.*\n.*did you mean fsdp2"):
         profile_path("fspd2")
     with pytest.raises(RecipeError, match=r"unknown profile '\.\./profiles/ddp'"):
         profile_path("../profiles/ddp")
-    with pytest.raises(RecipeError, match="choose from cpu, ddp"):
-        profile_path("slurm_cluster")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,4 +1,4 @@
-"""Rows that share a sequence are rows of their own: same logits, same loss, same gradient, same run."""
+"""Rows that share a sequence behave like separate rows: same logits, loss, gradients and run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ernie_align.models.load import load_model
 from ernie_align.models.packed_attention import document_lengths, use_per_document_attention
 from tests.support.runs import FAMILIES, beside, logged, recipe_of, run_quietly, write_rows
 
-# float32 sums of other lengths and in another order, at logits of about 1 and losses of about 6
-SUMMED_OTHERWISE = 1e-5
+# float32 sums of different lengths and order, at logits of about 1 and losses of about 6
+ROUNDING = 1e-5
 
 IMAGES = {
     "text": [[], [], [], []],
@@ -29,14 +29,14 @@ IMAGES = {
 
 
 def conversation(digits, number: int, images: list[str]) -> dict:
-    """A row whose question and answer grow with its number."""
+    """Return a row whose question and answer grow with its number."""
     question = {"role": "user", "content": "Which digit " * (1 + 4 * number) + "?"}
     answer = {"role": "assistant", "content": " plus ".join(["two", "three", "five"][: 1 + number % 3])}
     return {"messages": [question, answer], "images": [str(digits / "images" / name) for name in images]}
 
 
 def documents(bundle, digits, kind: str) -> list[dict]:
-    """Four encoded rows of different length."""
+    """Return four encoded rows of different length."""
     renderer = renderer_of(bundle)
     rows = [conversation(digits, number, images) for number, images in enumerate(IMAGES[kind])]
     return [
@@ -47,7 +47,7 @@ def documents(bundle, digits, kind: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def bundles(checkpoints):
-    """(family, attention) -> a model, loaded once."""
+    """Return a function (family, attention) -> model, which loads each once."""
     kept = {}
 
     def load(family, attention):
@@ -66,7 +66,7 @@ def bundles(checkpoints):
 @pytest.mark.parametrize(
     ("family", "kind"), [("dense", "text"), ("moe", "text"), *(("vl_moe", kind) for kind in IMAGES)]
 )
-def test_no_document_sees_another(bundles, digits, family, kind, attention):
+def test_no_document_attends_to_another(bundles, digits, family, kind, attention):
     bundle = bundles(family, attention)
     examples = documents(bundle, digits, kind)
     flat = PaddingFreeCollator(image_processor=bundle.image_processor)(examples)
@@ -76,12 +76,12 @@ def test_no_document_sees_another(bundles, digits, family, kind, attention):
         packed = bundle.model(**model_inputs(flat)).logits[0].split(lengths)
         for example, together in zip(examples, packed, strict=True):
             alone = bundle.model(**model_inputs(Collator(0, image_processor=bundle.image_processor)([example])))
-            assert (together - alone.logits[0]).abs().max() < SUMMED_OTHERWISE
+            assert (together - alone.logits[0]).abs().max() < ROUNDING
 
 
 @pytest.mark.parametrize("kind", ["text", "mixed"])
-def test_packed_rows_teach_what_padded_rows_teach(bundles, digits, kind):
-    """Loss, summed over tokens, and the gradient of every weight."""
+def test_packed_rows_have_the_loss_and_gradients_of_padded_rows(bundles, digits, kind):
+    """Compare the loss summed over tokens, and the gradient of every weight."""
     bundle = bundles("vl_moe", "by document")
     examples = documents(bundle, digits, kind)
     results = []
@@ -96,13 +96,13 @@ def test_packed_rows_teach_what_padded_rows_teach(bundles, digits, kind):
         gradients = {name: p.grad.clone() for name, p in bundle.model.named_parameters() if p.grad is not None}
         results.append((loss.item(), gradients))
     (padded, these), (packed, those) = results
-    assert packed == pytest.approx(padded, rel=SUMMED_OTHERWISE)
-    for name in these.keys() | those.keys():  # a padded batch gives experts that only padding chose a zero
+    assert packed == pytest.approx(padded, rel=ROUNDING)
+    for name in these.keys() | those.keys():  # padded: zero for experts of padding alone
         one, other = (found.get(name, torch.zeros(())) for found in (these, those))
-        assert (one - other).abs().max() < SUMMED_OTHERWISE, name
+        assert (one - other).abs().max() < ROUNDING, name
 
 
-def test_the_first_token_of_a_document_is_nobodys_to_predict(bundles, digits):
+def test_the_first_token_of_a_document_is_not_predicted(bundles, digits):
     """A completion without a prompt: its first token has a label, and the token before it is another row's."""
     first, second = documents(bundles("dense", "sdpa"), digits, "text")[:2]
     second["labels"] = list(second["input_ids"])
@@ -115,8 +115,8 @@ def test_the_first_token_of_a_document_is_nobodys_to_predict(bundles, digits):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_cache_beside_packed_documents_is_refused(bundles, digits, family):
-    """transformers would drop the block mask and say nothing."""
+def test_a_cache_with_packed_documents_is_refused(bundles, digits, family):
+    """With a cache, transformers would silently drop the block mask."""
     bundle = bundles(family, "sdpa")
     batch = model_inputs(PaddingFreeCollator()(documents(bundle, digits, "text")))
     with pytest.raises(ModelError, match="got a cache with 4 documents"):
@@ -124,13 +124,13 @@ def test_a_cache_beside_packed_documents_is_refused(bundles, digits, family):
 
 
 def test_several_sequences_of_documents_are_refused_by_document(bundles, digits):
-    """And kept apart by transformers' block mask otherwise."""
+    """With sdpa, transformers' block mask separates them."""
     bundle = bundles("dense", "sdpa")
     batch = model_inputs(PaddingFreeCollator()(documents(bundle, digits, "text")))
     twice = {name: values.expand(2, -1) for name, values in batch.items()}
     with torch.no_grad():
         one, two = bundle.model(**batch).logits, bundle.model(**twice).logits
-        assert (two - one).abs().max() < SUMMED_OTHERWISE
+        assert (two - one).abs().max() < ROUNDING
         with pytest.raises(ModelError, match="needs packed documents in one sequence, got 2"):
             bundles("dense", "by document").model(**twice)
 
@@ -138,14 +138,14 @@ def test_several_sequences_of_documents_are_refused_by_document(bundles, digits)
 # -- packs -------------------------------------------------------------------------------------------------------------
 
 
-def test_best_fit_decreasing_by_hand():
-    """6 and 4 fill a pack; 5 and 5 do; of 3 and 2 together 5 are left, so 1 goes where it leaves the least."""
+def test_best_fit_decreasing_on_a_small_example():
+    """6 and 4 fill a pack, and so do 5 and 5; 3, 2 and 1 share the third."""
     lengths = [3, 6, 5, 1, 4, 5, 2]
     packs = best_fit_decreasing(lengths, 10, seed=0)
     assert sorted(sorted(lengths[number] for number in pack) for pack in packs) == [[1, 2, 3], [4, 6], [5, 5]]
 
 
-def test_packs_hold_every_row_once_and_little_room():
+def test_packs_contain_every_row_once_and_are_nearly_full():
     draw = random.Random(0)
     lengths = [int(60 * 10 ** draw.random()) for _ in range(2000)]
     packs = best_fit_decreasing(lengths, 1024, seed=0)
@@ -166,7 +166,7 @@ def test_padding_is_counted():
 
 @pytest.fixture
 def rows(digits, tmp_path):
-    """Twelve rows of three lengths, eight of them with images."""
+    """Write twelve rows of three lengths, eight of them with images."""
     kinds = (*IMAGES["mixed"][:3], ["0009.png"])
     lines = [conversation(digits, number, images) for number in range(3) for images in kinds]
     for line in lines:
@@ -182,8 +182,8 @@ def metrics_of(checkpoints, rows, folder, stage="sft", model="vl_moe", data=(), 
 
 
 @pytest.mark.parametrize("stage", ["sft", "lora"])
-def test_a_run_without_padding_is_the_padded_run(checkpoints, rows, tmp_path, stage):
-    """Every number that is logged, in training and evaluation; checkpointing, which computes layers again, included."""
+def test_a_padding_free_run_equals_the_padded_run(checkpoints, rows, tmp_path, stage):
+    """Compare every logged number of training and evaluation, also with gradient checkpointing."""
     held_out = {"data": {"eval": [{"path": str(rows)}]}, "per_device_eval_batch_size": 5}
     metrics_of(checkpoints, rows, tmp_path / "padded", stage, **held_out)
     flat = {"padding_free": True, "gradient_checkpointing": True}
@@ -194,23 +194,23 @@ def test_a_run_without_padding_is_the_padded_run(checkpoints, rows, tmp_path, st
         assert logged(tmp_path / "flat", key) == pytest.approx(logged(tmp_path / "padded", key), rel=1e-3), key
     for key in ("loss", "grad_norm"):
         first = logged(tmp_path / "padded", key)[0]
-        assert logged(tmp_path / "flat", key)[0] == pytest.approx(first, rel=SUMMED_OTHERWISE)
+        assert logged(tmp_path / "flat", key)[0] == pytest.approx(first, rel=ROUNDING)
 
 
-def test_packs_see_every_row_and_say_what_they_save(checkpoints, rows, tmp_path):
-    """One step over all packs is one step over all rows, whatever pack they are in."""
+def test_a_step_over_all_packs_equals_a_step_over_all_rows(checkpoints, rows, tmp_path):
+    """Loss, gradient norm and token count are the same, and the log shows the padding that packing saves."""
     metrics_of(checkpoints, rows, tmp_path / "padded", max_steps=1, per_device_train_batch_size=12)
     packing = {"packing": True, "packing_strategy": "bfd", "gradient_accumulation_steps": 2}
     packing |= {"max_steps": 1, "per_device_train_batch_size": 2, "data": {"max_length": 192}}
     metrics_of(checkpoints, rows, tmp_path / "packed", **packing)
     for key in ("loss", "grad_norm", "num_tokens"):
         padded, packed = (logged(tmp_path / name, key) for name in ("padded", "packed"))
-        assert packed == pytest.approx(padded, rel=SUMMED_OTHERWISE), key
+        assert packed == pytest.approx(padded, rel=ROUNDING), key
     (line,) = json.loads((tmp_path / "packed" / "run.json").read_text())["layout"]
     assert line.startswith("packing: 12 rows in 3 packs of up to 192 tokens") and "would be" in line
 
 
-def test_a_stream_is_packed_as_it_comes(checkpoints, text_rows, tmp_path):
+def test_a_stream_is_packed_on_demand(checkpoints, text_rows, tmp_path):
     data = {"streaming": True, "max_length": 128}
     metrics_of(
         checkpoints, text_rows, tmp_path / "run", model="dense", data=data, packing=True, per_device_train_batch_size=1
@@ -219,7 +219,7 @@ def test_a_stream_is_packed_as_it_comes(checkpoints, text_rows, tmp_path):
     assert 64 < tokens[0] <= 128 and len(tokens) == 3
 
 
-def test_other_ways_of_packing_are_refused(checkpoints, rows, tmp_path):
+def test_other_packing_strategies_are_refused(checkpoints, rows, tmp_path):
     for training, message in (
         ({"packing": True, "packing_strategy": "wrapped"}, "invalid value 'wrapped'"),
         ({"packing_strategy": "bfd"}, "packing_strategy without packing"),
@@ -229,8 +229,8 @@ def test_other_ways_of_packing_are_refused(checkpoints, rows, tmp_path):
             metrics_of(checkpoints, rows, tmp_path / "run", **training)
 
 
-def test_workers_read_what_the_loop_would(checkpoints, rows, tmp_path):
-    """Images decoded in forked processes, several ahead: the same run, bit for bit."""
+def test_data_loader_workers_do_not_change_the_run(checkpoints, rows, tmp_path):
+    """Images decoded ahead in forked processes give the same run, bit for bit."""
     for workers in (0, 2):
         metrics_of(checkpoints, rows, tmp_path / f"{workers}", packing=True, dataloader_num_workers=workers)
     for key in ("loss", "grad_norm"):
@@ -239,7 +239,7 @@ def test_workers_read_what_the_loop_would(checkpoints, rows, tmp_path):
     assert all(0 < part < whole for part, whole in zip(waited, took, strict=True))
 
 
-def test_slow_data_is_told_once_with_the_key_to_change():
+def test_slow_data_is_logged_once_with_the_key_to_change():
     import time
     from types import SimpleNamespace
 

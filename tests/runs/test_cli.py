@@ -116,7 +116,8 @@ def test_the_schema_is_json():
 
 def test_help_lists_every_command():
     output = invoke("--help").output
-    names = ("sft", "lora", "dpo", "upo", "check", "plan", "eval", "report", "generate", "export", "tiny", "schema")
+    stages = ("sft", "lora", "dpo", "kto", "upo")
+    names = (*stages, "check", "plan", "eval", "report", "generate", "export", "tiny", "schema")
     assert all(name in output for name in names)
 
 

@@ -201,14 +201,15 @@ def test_losses_are_the_pure_functions_on_trls_batch(checkpoints, mixed_pairs, t
             first_loss(recipe, tmp_path / loss_type)
     pure = {
         "sigmoid": lambda ratios, lengths: losses.dpo_sigmoid(*ratios, beta=0.1),
-        "hinge": lambda ratios, lengths: losses.hinge(*ratios, beta=0.1),
+        "hinge": lambda ratios, lengths: torch.relu(1 - 0.1 * (ratios[0] - ratios[1])),
     }
     for number, name in ((1, "sigmoid"), (3, "hinge")):
         loss, ratios, lengths = seen[number]
         assert ratios[0].abs().max() > 0
         assert loss.item() == pytest.approx(pure[name](ratios, lengths).mean().item(), rel=1e-6)
-    loss, ratios, lengths = seen[5]
-    assert loss.item() == pytest.approx(losses.ipo(*ratios, *lengths, beta=0.1).mean().item(), rel=1e-6)
+    loss, (chosen, rejected), lengths = seen[5]
+    ipo = (chosen / lengths[0] - rejected / lengths[1] - 1 / (2 * 0.1)) ** 2  # Azar et al. (2023), eq. 17, per token
+    assert loss.item() == pytest.approx(ipo.mean().item(), rel=1e-6)
 
 
 def test_length_normalize_and_our_own_losses_by_hand(checkpoints, text_pairs, tmp_path):

@@ -46,17 +46,17 @@ plain = st.sampled_from(HOSTILE) | st.recursive(
 )
 
 
-def paths(value: Any, here: tuple = ()) -> Iterator[tuple]:
-    """Of everything inside."""
-    yield here
+def paths(value: Any, prefix: tuple = ()) -> Iterator[tuple]:
+    """Yield the path of every value inside."""
+    yield prefix
     steps = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for step, inner in steps:
-        yield from paths(inner, (*here, step))
+        yield from paths(inner, (*prefix, step))
 
 
 @st.composite
 def mutated(draw: Any, bases: list[Any]) -> Any:
-    """One of the bases with one to three of its values replaced, dropped, doubled, moved or given company."""
+    """Draw one of the bases, with one to three values replaced, dropped, wrapped, moved or extended."""
     whole = [copy.deepcopy(draw(st.sampled_from(bases)))]
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from([path for path in paths(whole) if path]))
@@ -95,7 +95,7 @@ PIECES = [
 
 @st.composite
 def torn(draw: Any, whole: st.SearchStrategy[bytes]) -> bytes:
-    """The bytes, with up to three stretches of them replaced."""
+    """Draw the bytes, with up to three ranges of them replaced."""
     data = draw(whole)
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(data)))
@@ -105,5 +105,5 @@ def torn(draw: Any, whole: st.SearchStrategy[bytes]) -> bytes:
 
 
 def as_json(value: Any) -> bytes:
-    """JSON as Python writes it: NaN and halves of characters are let through."""
+    """Encode as JSON in Python's way, which allows NaN and lone surrogates."""
     return json.dumps(value).encode()

@@ -1,4 +1,4 @@
-"""Sources are read whole and judged row by row; what is wrong has a file and a line, what is dropped is counted."""
+"""Sources are validated row by row: errors name a file and a line, dropped rows are counted."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_every_kind_of_file_gives_the_same_examples(tmp_path, encode, kind):
 
 
 def test_rows_of_mixed_shape_in_one_file(tmp_path, encode, digits):
-    """Text content beside parts, answers as numbers, missing keys, tools: what tables usually choke on."""
+    """Text and parts as content, answers as numbers, missing keys, tools: cases that table readers usually reject."""
     rows = [
         ask([{"type": "image"}, {"type": "text", "text": "?"}], "two", images=["images/0001.png"], answer="two"),
         ask("one?", "one", answer=1),
@@ -74,7 +74,7 @@ def test_rows_of_mixed_shape_in_one_file(tmp_path, encode, digits):
 
 
 def test_images_inside_a_table(tmp_path, encode, digits):
-    """The hub's way: an Image feature, bytes in Parquet."""
+    """As on the hub: an Image feature, stored as bytes in Parquet."""
     import datasets
 
     pixels = [Image.open(digits / "images" / f"{number:04d}.png").copy() for number in range(2)]
@@ -111,7 +111,7 @@ BROKEN = [
 
 @pytest.mark.parametrize(("make", "says", "where"), BROKEN)
 @pytest.mark.parametrize("sample", [None, 10])
-def test_files_that_cannot_be_used_have_an_address(tmp_path, encode, make, says, where, sample):
+def test_unusable_files_are_named_with_their_line(tmp_path, encode, make, says, where, sample):
     path = tmp_path / "a.jsonl"
     make(path)
     with pytest.raises(DataError, match=says) as caught:
@@ -140,10 +140,10 @@ def test_every_faulty_row_is_named_at_once(tmp_path, encode, digits, sample):
     with pytest.raises(DataError) as caught:
         source = source_of(path, sample=sample)
         encode_sample(source, encode) if sample else encode_source(source, encode)
-    told = [(fault.where.removeprefix(f"{path}:"), fault.what) for fault in caught.value.faults]
-    assert [line for line, _ in told] == ["2", "3", "5", "6", "7"]
+    faults = [(fault.where.removeprefix(f"{path}:"), fault.what) for fault in caught.value.faults]
+    assert [line for line, _ in faults] == ["2", "3", "5", "6", "7"]
     for (_, what), says in zip(
-        told, ["empty answer", "no such image", "broken", "aspect ratio 500", "1 image parts for 0"], strict=True
+        faults, ["empty answer", "no such image", "broken", "aspect ratio 500", "1 image parts for 0"], strict=True
     ):
         assert says in what
     assert all(fault.fix for fault in caught.value.faults)
@@ -167,7 +167,7 @@ def test_long_rows_are_dropped_and_counted(tmp_path, encode):
         encode_source(source_of(path), encode)
 
 
-def test_weights_are_times_per_epoch(tmp_path, encode):
+def test_a_weight_is_the_number_of_repeats_per_epoch(tmp_path, encode):
     sources = [source_of(write_rows(tmp_path / f"{name}.jsonl", ROWS * 4)) for name in "ab"]
     prepared = [encode_source(source, encode, number=number)[0] for number, source in enumerate(sources)]
 
@@ -183,7 +183,7 @@ def test_weights_are_times_per_epoch(tmp_path, encode):
     assert rows(0, 2.0, 0.5) == mixed != rows(1, 2.0, 0.5)
 
 
-def test_what_is_left_out_is_counted(tmp_path, encode):
+def test_untrained_reasoning_is_counted(tmp_path, encode):
     turn = {"role": "assistant", "content": "two", "reasoning_content": "one and one"}
     rows = [{"messages": [{"role": "user", "content": "?"}, turn]}, {**ROWS[0]}]
     path = write_rows(tmp_path / "a.jsonl", rows)
@@ -225,7 +225,7 @@ def test_workers_share_the_work(tmp_path, encode):
     assert alone["input_ids"][:] == together["input_ids"][:] and count == shared
 
 
-def test_a_batch_holds_what_its_rows_hold(renderers, checkpoints, digits):
+def test_a_batch_contains_its_rows(renderers, checkpoints, digits):
     from ernie_align.models.pixels import load_image_processor
 
     encode = RowEncoder(renderers["vl_moe"], max_length=128)
@@ -248,7 +248,7 @@ def test_a_batch_holds_what_its_rows_hold(renderers, checkpoints, digits):
     assert "pixel_values" not in collate(text)
 
 
-def test_an_image_that_breaks_after_it_was_judged_names_its_row(renderers, tmp_path, digits):
+def test_an_image_that_breaks_after_validation_names_its_row(renderers, tmp_path, digits):
     image = tmp_path / "a.png"
     image.write_bytes((digits / "images" / "0000.png").read_bytes())
     path = write_rows(tmp_path / "a.jsonl", [ROWS[0], ask("?", "two", images=["a.png"])])
@@ -264,9 +264,9 @@ def test_the_preview_shows_token_label_and_pool(renderers, digits):
     examples, _ = encode_sample(
         source_of(digits / "parity_test.jsonl", sample=1), RowEncoder(renderers["vl_moe"], max_length=64)
     )
-    stretches = preview_example(examples[0], renderers["vl_moe"])["example"]
-    vision = [(stretch.text, stretch.repeat) for stretch in stretches if stretch.pool == "vision"]
+    spans = preview_example(examples[0], renderers["vl_moe"])["example"]
+    vision = [(span.text, span.repeat) for span in spans if span.pool == "vision"]
     assert vision == [("<|IMAGE_START|>", 1), ("<|IMAGE_PLACEHOLDER|>", 4), ("<|IMAGE_END|>", 1)]
-    assert [stretch.text for stretch in stretches if stretch.trained][-1] == "<|end_of_sentence|>"
-    lines = format_preview({"example": stretches}).splitlines()
+    assert [span.text for span in spans if span.trained][-1] == "<|end_of_sentence|>"
+    lines = format_preview({"example": spans}).splitlines()
     assert lines[1].split() == ["token", "trained", "pool"] and lines[-1].split()[-2:] == ["trained", "text"]

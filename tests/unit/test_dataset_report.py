@@ -1,4 +1,4 @@
-"""The doctor of data sees every row as training would, stops at none, and keeps nothing but counts."""
+"""The dataset report reads every row as training would, does not stop at faults, and keeps only counts."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def ask(question, reply, **more):
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}], **more}
 
 
-def doctor(recipe, *arguments):
+def data_check(recipe, *arguments):
     return CliRunner().invoke(app, ["data", "doctor", str(recipe), *map(str, arguments)], catch_exceptions=False)
 
 
-def findings(stage, model, path, tmp_path, workers=1, **blocks):
-    found = check_data(load_recipe(recipe_of(stage, model, path, tmp_path / "run", **blocks)), workers=workers)
-    return found, found.sources[0]
+def make_report(stage, model, path, tmp_path, workers=1, **blocks):
+    report = check_data(load_recipe(recipe_of(stage, model, path, tmp_path / "run", **blocks)), workers=workers)
+    return report, report.sources[0]
 
 
 @pytest.fixture
 def mixed(tmp_path, digits):
-    """Rows of every kind of fault, each beside a sound one: the path of the file, and of its folder."""
+    """Return the path of a file with valid rows and rows of every kind of fault."""
     for number in range(3):
         image = Image.open(digits / "images" / f"{number:04d}.png")
         image.resize((40 * number + 56, 56)).save(tmp_path / f"{number}.png")
@@ -47,7 +47,7 @@ def mixed(tmp_path, digits):
         ask("Which are they?", "two", images=["1.png", "2.png"]),
         ask("Which?", "a", images=["none.png"]),  # 4: missing
         ask("Which?", "a", images=["broken.png"]),  # 5: broken
-        ask([{"type": "image"}], "a"),  # 6: a place without an image
+        ask([{"type": "image"}], "a"),  # 6: a placeholder without an image
         ask("one plus two?", "<think>\none and two\n</think>\nthree"),
         ask("one plus two?", "<think>\none and two\n</think>\nthree"),
         ask("one plus two?", "four"),
@@ -56,12 +56,12 @@ def mixed(tmp_path, digits):
     ]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with path.open("a") as file:
-        file.write('{"messages": [\n[1]\n' + json.dumps(ask("one?", "one")) + "\n")  # 12, 13: no JSON, no object
+        file.write('{"messages": [\n[1]\n' + json.dumps(ask("one?", "one")) + "\n")  # 12, 13: not JSON, not an object
     return path
 
 
 def test_every_faulty_row_is_found_and_none_stops_it(mixed, checkpoints, tmp_path):
-    _, found = findings("sft", checkpoints["vl_moe"], mixed, tmp_path, data={"max_length": 64})
+    _, found = make_report("sft", checkpoints["vl_moe"], mixed, tmp_path, data={"max_length": 64})
     lines = {int(row.rsplit(":", 1)[1]): kind for kind, reason in found.faults.items() for row, _, _ in reason.named}
     assert lines == {
         2: "an empty answer",
@@ -75,15 +75,15 @@ def test_every_faulty_row_is_found_and_none_stops_it(mixed, checkpoints, tmp_pat
     assert found.count.dropped_rows == {"over data.max_length 64": [f"{mixed}:11"]}
     assert (found.empty_answers, found.bad_images, found.unplaced_images, found.equal_sides) == (1, 2, 1, 0)
     assert (found.duplicate_prompts, found.duplicate_rows) == (2, 1)  # of lines 7, 8 and 9
-    assert (found.thinking, found.answered) == (2, 10)  # every row that has a canonical form
+    assert (found.thinking, found.answered) == (2, 10)  # every row that could be converted
     assert (found.images_in_row.count, found.images_in_row.most, found.image_tokens.count) == (8, 2, 3)
     assert (found.widths.least, found.widths.most, found.heights.most) == (56, 136, 56)
     assert (found.aspects.least, found.aspects.most) == (100, 243)
     assert {"Latin", "Cyrillic", "Han"} == found.letters.keys() and found.letters["Han"] == 3
 
 
-def held_against_the_limit(example):
-    """Tokens of a prepared example that max_length speaks of: of a pair, the prompt with the longer answer."""
+def limited_length(example):
+    """Return the length that max_length limits: of a pair, the prompt with the longer answer."""
     if "input_ids" in example:
         return len(example["input_ids"])
     return len(example["prompt_ids"]) + max(len(example["chosen_ids"]), len(example["rejected_ids"]))
@@ -91,7 +91,7 @@ def held_against_the_limit(example):
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "upo"])
 def test_counts_and_lengths_are_those_of_training(stage, checkpoints, digits, tmp_path):
-    """For each way from rows to examples: answers, pairs, prompts with offline pairs beside them; text and images."""
+    """With each encoder: answers, pairs, and prompts with offline pairs; text and images."""
     pairs = {"path": str(digits / "preferences.jsonl"), "limit": 300}
     more = {
         "rewards": [{"name": "exact_match", "column": "answer"}],
@@ -109,18 +109,18 @@ def test_counts_and_lengths_are_those_of_training(stage, checkpoints, digits, tm
     assert len(sources) == len(examples) == (2 if stage == "upo" else 1)
     for found, kept in zip(sources, examples, strict=True):
         limit, dropped = found.max_length, sum(found.count.dropped.values())
-        assert limit == (32 if (stage, found.part) == ("upo", "train") else 40)  # of offline pairs: with a completion
+        assert limit == (32 if (stage, found.part) == ("upo", "train") else 40)  # offline pairs include a completion
         assert found.over[limit][0] == dropped and found.lengths.count == 300 and found.count.kept == len(kept) > 0
-        lengths = sorted(map(held_against_the_limit, kept))
-        # bins are of one length each below 128
-        told = [length for length, number in sorted(found.lengths.bins.items()) for _ in range(number)]
-        assert told[: len(kept)] == lengths and all(limit < length < 128 for length in told[len(kept) :])
-        assert dropped > 0 or (stage, found.part) == ("upo", "train")  # prompts alone are short
+        lengths = sorted(map(limited_length, kept))
+        # below 128 each bin is one length
+        bins = [length for length, number in sorted(found.lengths.bins.items()) for _ in range(number)]
+        assert bins[: len(kept)] == lengths and all(limit < length < 128 for length in bins[len(kept) :])
+        assert dropped > 0 or (stage, found.part) == ("upo", "train")  # prompts without answers are short
 
 
-def test_a_limit_costs_what_training_drops(mixed, checkpoints, tmp_path):
+def test_the_cost_of_a_limit_is_what_training_drops(mixed, checkpoints, tmp_path):
     rows = write_rows(tmp_path / "sound.jsonl", [ask("one plus " * number, "two") for number in range(1, 120)])
-    found, source = findings("sft", checkpoints["dense"], rows, tmp_path, data={"max_length": 100})
+    found, source = make_report("sft", checkpoints["dense"], rows, tmp_path, data={"max_length": 100})
     assert not found.has_vision
     for limit in (100, 512):
         recipe = load_recipe(recipe_of("sft", checkpoints["dense"], rows, tmp_path / "run", data={"max_length": limit}))
@@ -133,25 +133,25 @@ def test_cut_rows_are_counted_as_training_counts_them(checkpoints, tmp_path):
     turns = [{"role": role, "content": "one plus two"} for _ in range(12) for role in ("user", "assistant")]
     rows = write_rows(tmp_path / "a.jsonl", [{"messages": turns}, ask("one?", "one"), ask("one plus " * 60, "two")])
     data = {"max_length": 50, "overlong": "cut"}
-    _, found = findings("sft", checkpoints["dense"], rows, tmp_path, data=data)
+    _, found = make_report("sft", checkpoints["dense"], rows, tmp_path, data=data)
     recipe = load_recipe(recipe_of("sft", checkpoints["dense"], rows, tmp_path / "run", data=data))
     assert [found.count] == prepare_data(set_up(recipe)).counts and found.count.cut == 1
     assert found.lengths.most > 100 and found.over[50][0] == 2
 
 
-def test_workers_find_what_one_finds(mixed, checkpoints, tmp_path):
+def test_several_workers_give_the_same_report(mixed, checkpoints, tmp_path):
     mixed.write_text(mixed.read_text() * 60)
-    told = []
+    reports = []
     for workers in (1, 3):
-        found, _ = findings("sft", checkpoints["vl_moe"], mixed, tmp_path, workers=workers, data={"max_length": 64})
-        told.append({**found.as_json(), "seconds": 0, "workers": 0})
-    assert told[0] == told[1] and told[0]["sources"][0]["count"]["rows"] == 14 * 60
-    reason = told[0]["sources"][0]["faults"]["a broken image"]
+        found, _ = make_report("sft", checkpoints["vl_moe"], mixed, tmp_path, workers=workers, data={"max_length": 64})
+        reports.append({**found.as_json(), "seconds": 0, "workers": 0})
+    assert reports[0] == reports[1] and reports[0]["sources"][0]["count"]["rows"] == 14 * 60
+    reason = reports[0]["sources"][0]["faults"]["a broken image"]
     assert reason["rows"] == 60 and len(reason["named"]) == 20
     assert [named["row"] for named in reason["named"][:2]] == [f"{mixed}:5", f"{mixed}:19"]
 
 
-def test_pairs_that_teach_nothing(checkpoints, tmp_path):
+def test_pairs_without_a_signal_are_counted(checkpoints, tmp_path):
     pair = {"prompt": [{"role": "user", "content": "one?"}]}
 
     def sides(chosen, rejected):
@@ -161,16 +161,16 @@ def test_pairs_that_teach_nothing(checkpoints, tmp_path):
         }
 
     rows = write_rows(tmp_path / "a.jsonl", [sides("one", "two"), sides("one", "one"), sides("one", "")])
-    _, found = findings("dpo", checkpoints["dense"], rows, tmp_path)
+    _, found = make_report("dpo", checkpoints["dense"], rows, tmp_path)
     assert (found.equal_sides, found.empty_answers, found.faulty) == (1, 1, 2)
-    _, found = findings("dpo", checkpoints["dense"], rows, tmp_path, dpo={"bad_pairs": "drop"})
+    _, found = make_report("dpo", checkpoints["dense"], rows, tmp_path, dpo={"bad_pairs": "drop"})
     assert (found.equal_sides, found.empty_answers, found.faulty, found.count.kept) == (1, 1, 0, 1) and found.sound
 
 
-def test_held_out_prompts_that_are_trained_on(checkpoints, tmp_path):
+def test_held_out_prompts_that_are_also_trained_on(checkpoints, tmp_path):
     train = write_rows(tmp_path / "train.jsonl", [ask("one?", "one"), ask("two?", "two")])
     held = write_rows(tmp_path / "held.jsonl", [ask("two?", "two"), ask("three?", "three"), ask("one?", "three")])
-    found, first = findings("sft", checkpoints["dense"], train, tmp_path, data={"eval": [{"path": str(held)}]})
+    found, first = make_report("sft", checkpoints["dense"], train, tmp_path, data={"eval": [{"path": str(held)}]})
     assert [one.also_in_train for one in found.sources] == [None, 2] and first.duplicate_prompts == 0
 
 
@@ -178,15 +178,15 @@ def test_the_command_writes_tables_json_and_a_page(mixed, checkpoints, tmp_path)
     recipe = tmp_path / "recipe.yaml"
     data = {"eval": [{"path": str(tmp_path / "none.jsonl")}], "max_length": 64}
     recipe.write_text(yaml.safe_dump(recipe_of("lora", checkpoints["vl_moe"], mixed, tmp_path / "run", data=data)))
-    told = doctor(recipe, "--json", tmp_path / "found.json", "--out", tmp_path / "page.html", "--workers", 1)
-    assert told.exit_code == 5
-    assert f"{mixed}:5: " in told.output and "no such file" in told.output
-    assert "FAULTS: 6 faulty rows, 1 unreadable sources; 14 rows of 2 sources" in told.output
+    result = data_check(recipe, "--json", tmp_path / "found.json", "--out", tmp_path / "page.html", "--workers", 1)
+    assert result.exit_code == 5
+    assert f"{mixed}:5: " in result.output and "no such file" in result.output
+    assert "FAULTS: 6 faulty rows, 1 unreadable sources; 14 rows of 2 sources" in result.output
     found = json.loads((tmp_path / "found.json").read_text())
     assert [source["faulty"] for source in found["sources"]] == [6, 0] and not found["sound"]
     page = ET.fromstring((tmp_path / "page.html").read_text())  # well-formed
-    told = "".join(page.itertext())
-    assert "a broken image" in told and f"{mixed}:12" in told and "64 (the recipe)" in told
+    text = "".join(page.itertext())
+    assert "a broken image" in text and f"{mixed}:12" in text and "64 (the recipe)" in text
     assert len(page.findall(".//{http://www.w3.org/2000/svg}svg")) == 7
     assert not (tmp_path / "run").exists()
 
@@ -194,11 +194,11 @@ def test_the_command_writes_tables_json_and_a_page(mixed, checkpoints, tmp_path)
 def test_sound_rows_give_exit_code_0(checkpoints, digits, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_of("sft", checkpoints["vl_moe"], digits / "val.jsonl", tmp_path / "run")))
-    told = doctor(recipe, "data.train.0.limit=20", "--workers", 1)
-    assert told.exit_code == 0 and "NO FAULTS: 20 rows of 1 sources" in told.output
+    result = data_check(recipe, "data.train.0.limit=20", "--workers", 1)
+    assert result.exit_code == 0 and "NO FAULTS: 20 rows of 1 sources" in result.output
 
 
-def test_histograms_add_up_and_are_near(tmp_path):
+def test_histograms_can_be_merged_and_have_close_quantiles(tmp_path):
     values = np.random.default_rng(0).lognormal(6, 2, 4000).astype(int).tolist()
     parts, whole = [Histogram(), Histogram()], Histogram()
     for number, value in enumerate(values):

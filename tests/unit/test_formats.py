@@ -1,4 +1,4 @@
-"""Every format of the world becomes the same canonical row."""
+"""Every input format becomes the same canonical row."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def test_messages():
         "kind": "k",
         "answer": "ho",
     }
-    told, row = turns(row)
-    assert told == [("user", "hi", 1), ("assistant", "ho", 1)]
+    messages, row = turns(row)
+    assert messages == [("user", "hi", 1), ("assistant", "ho", 1)]
     assert row.columns == {"kind": "k", "answer": "ho"} and row.images == []
 
 
 def test_messages_with_image_parts_and_a_column():
-    parts = [dict(IMAGE), dict(TEXT), {"type": "image", "text": None}]  # None: how a table spells a missing key
+    parts = [dict(IMAGE), dict(TEXT), {"type": "image", "text": None}]  # None: a missing key in a table
     row = {
         "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}],
         "images": ["a.png", "a.png"],
     }
-    told, row = turns(row)
-    assert told[0][1] == [IMAGE, TEXT, IMAGE] and row.images == [SEEN, SEEN]
+    messages, row = turns(row)
+    assert messages[0][1] == [IMAGE, TEXT, IMAGE] and row.images == [SEEN, SEEN]
 
 
 @pytest.mark.parametrize(
@@ -51,17 +51,17 @@ def test_messages_with_image_parts_and_a_column():
         {"type": "image_url", "image_url": "a.png"},
     ],
 )
-def test_images_written_into_their_part(part):
+def test_images_inside_their_part(part):
     row = {"messages": [{"role": "user", "content": [part, TEXT]}, {"role": "assistant", "content": "a"}]}
-    told, row = turns(row)
-    assert told[0][1] == [IMAGE, TEXT] and row.images == [SEEN]
+    messages, row = turns(row)
+    assert messages[0][1] == [IMAGE, TEXT] and row.images == [SEEN]
 
 
-def test_images_without_a_place_stand_before_the_first_question():
-    """TRL's rule."""
+def test_images_without_a_part_are_placed_before_the_first_question():
+    """As in TRL."""
     row = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "a"}], "image": "a.png"}
-    told, row = turns(row)
-    assert told[0][1] == [IMAGE, TEXT] and row.images == [SEEN]
+    messages, row = turns(row)
+    assert messages[0][1] == [IMAGE, TEXT] and row.images == [SEEN]
 
 
 def test_placeholders_in_the_text_place_images():
@@ -69,27 +69,29 @@ def test_placeholders_in_the_text_place_images():
         "conversations": [{"from": "human", "value": "Is <image> like <image>?"}, {"from": "gpt", "value": "no"}],
         "images": ["a.png", "a.png"],
     }
-    told, _ = turns(row)
-    assert told[0][1] == [
+    messages, _ = turns(row)
+    assert messages[0][1] == [
         {"type": "text", "text": "Is "},
         IMAGE,
         {"type": "text", "text": " like "},
         IMAGE,
         {"type": "text", "text": "?"},
     ]
-    told, row = turns({"conversations": [{"from": "human", "value": "Say <image>"}, {"from": "gpt", "value": "no"}]})
-    assert told[0][1] == "Say <image>"  # without an images column it is text like any other
+    messages, row = turns(
+        {"conversations": [{"from": "human", "value": "Say <image>"}, {"from": "gpt", "value": "no"}]}
+    )
+    assert messages[0][1] == "Say <image>"  # without an images column it is text like any other
 
 
-def test_prompt_completion_trains_the_completion_alone():
+def test_prompt_completion_trains_only_the_completion():
     history = [
         {"role": "user", "content": "1"},
         {"role": "assistant", "content": "2"},
         {"role": "user", "content": "3"},
     ]
     row = {"prompt": history, "completion": [{"role": "assistant", "content": "4"}]}
-    told, row = turns(row)
-    assert [label for _, _, label in told] == [1, 0, 1, 1] and row.trained_turns == [3]
+    messages, row = turns(row)
+    assert [label for _, _, label in messages] == [1, 0, 1, 1] and row.trained_turns == [3]
     _, row = turns({"prompt": "The sky is", "completion": " blue."})
     assert row.plain == ("The sky is", " blue.") and row.messages == []
 
@@ -105,16 +107,16 @@ def test_sharegpt_with_tools():
             {"from": "gpt", "value": "three", "label": 0},
         ],
     }
-    told, row = turns(row)
-    assert [role for role, _, _ in told] == ["system", "user", "assistant", "tool", "assistant"]
+    messages, row = turns(row)
+    assert [role for role, _, _ in messages] == ["system", "user", "assistant", "tool", "assistant"]
     assert row.messages[2]["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {"l": 1}}}]
     assert row.tools == [{"name": "add"}] and row.trained_turns == [2]
 
 
 def test_alpaca():
     row = {"instruction": "Add.", "input": "1 2", "output": "3", "history": [["hi", "ho"]], "system": "S"}
-    told, _ = turns(row)
-    assert told == [
+    messages, _ = turns(row)
+    assert messages == [
         ("system", "S", 1),
         ("user", "hi", 1),
         ("assistant", "ho", 1),
@@ -124,8 +126,8 @@ def test_alpaca():
 
 
 def test_erniekit_text():
-    told, row = turns({"src": ["a", "c"], "tgt": ["b", "d"], "label": [0, 1], "system": "S"})
-    assert told == [
+    messages, row = turns({"src": ["a", "c"], "tgt": ["b", "d"], "label": [0, 1], "system": "S"})
+    assert messages == [
         ("system", "S", 1),
         ("user", "a", 1),
         ("assistant", "b", 0),
@@ -145,12 +147,12 @@ def test_erniekit_vision():
         ],
         "image_info": [{"image_url": "a.png", "matched_text_index": 1}],
     }
-    told, row = turns(row)
-    assert told == [("user", [{"type": "text", "text": "Look:"}, IMAGE, TEXT], 1), ("assistant", "a dog", 1)]
+    messages, row = turns(row)
+    assert messages == [("user", [{"type": "text", "text": "Look:"}, IMAGE, TEXT], 1), ("assistant", "a dog", 1)]
     assert row.images == [SEEN]
 
 
-def test_thinking_is_read_from_the_text_or_its_own_key():
+def test_reasoning_is_read_from_the_text_or_its_own_key():
     inline = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes"}
     _, row = turns({"messages": [{"role": "user", "content": "?"}, inline], "thinking": True})
     assert (row.messages[1]["reasoning_content"], row.messages[1]["content"], row.thinking) == ("hm", "yes", True)
@@ -217,12 +219,12 @@ USER, ANSWER = {"role": "user", "content": "?"}, {"role": "assistant", "content"
         ({"messages": [USER], "thinking": "yes"}, "thinking is 'yes'"),
     ],
 )  # fmt: skip
-def test_unsound_rows_say_what_is_wrong(row, says):
+def test_faulty_rows_name_the_fault_and_the_next_move(row, says):
     with pytest.raises(RowFault) as caught:
         canonicalize(row, detect_format(row), ROOT)
     assert says in caught.value.what and caught.value.fix
 
 
-def test_a_named_format_is_held_to():
+def test_a_named_format_is_not_detected_again():
     with pytest.raises(RowFault, match="a alpaca row without instruction, output"):
         canonicalize({"messages": []}, "alpaca")

@@ -1,4 +1,4 @@
-"""Whatever a recipe or a row holds, it is taken or refused with its place: no traceback, no wait, no foreign file.
+"""Any recipe and any row is accepted or refused with its place: without a traceback, a hang or access to other files.
 
 FUZZ=recipes,rows sets how many of each are drawn, as in FUZZ=5000,10000; always the same ones.
 """
@@ -39,7 +39,7 @@ SHIPPED = [path.read_text() for path in sorted((ROOT / "recipes").rglob("*.yaml"
 
 
 def fuzzed(number):
-    """The same examples each time; the plain draw, because a failure is mended from its first example."""
+    """Return settings that draw the same examples each time."""
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(max_examples=number, derandomize=True, deadline=None, database=None, suppress_health_check=checks)
 
@@ -73,7 +73,7 @@ sys.addaudithook(_hook)
 
 @contextmanager
 def opening_only(*folders):
-    """No file but those in the folders and Python's own is opened, no connection made, no program started."""
+    """Fail if a file outside the folders and Python's own is opened, a connection made or a program started."""
     global _opened
     _opened = []
     allowed = tuple(map(str, (*folders, sys.prefix, sys.base_prefix, ROOT / "ernie_align")))
@@ -81,8 +81,8 @@ def opening_only(*folders):
         yield
     finally:
         opened, _opened = _opened, None
-    foreign = [path for path in opened if not os.path.realpath(path).startswith(allowed)]
-    assert not foreign, foreign
+    outside = [path for path in opened if not os.path.realpath(path).startswith(allowed)]
+    assert not outside, outside
 
 
 # -- recipes ----------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ recipe_texts = (
 
 @fuzzed(RECIPES)
 @given(recipe_texts)
-def test_any_recipe_is_taken_or_refused_with_its_place(tmp_path_factory, text):
+def test_any_recipe_is_accepted_or_refused_with_its_place(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
     path.write_bytes(text)
     with at_most(SECONDS), opening_only(path.parent):
@@ -179,13 +179,13 @@ BASES = {
 
 @pytest.fixture(scope="session")
 def media_folder(tmp_path_factory):
-    """A folder with an image, and with what only looks like one."""
+    """Make a folder with an image, and with files that only look like one."""
     folder = tmp_path_factory.mktemp("hostile")
     Image.new("RGB", (60, 60)).save(folder / "ok.png")
     (folder / "broken.png").write_bytes((folder / "ok.png").read_bytes()[:60])
     header = b"IHDR" + struct.pack(">IIBBBBB", 40000, 30000, 8, 2, 0, 0, 0)
-    said = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + said + b"\0\0\0\0IDAT" + b"\0" * 8)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT" + b"\0" * 8)
     (folder / "folder").mkdir()
     os.mkfifo(folder / "pipe.png")
     return folder
@@ -193,7 +193,7 @@ def media_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def encoders(checkpoints):
-    """(family, encoder name) -> encoder. The thinking template of the family is the checkpoint's own."""
+    """Make the encoders: (family, name) -> encoder."""
     from ernie_align.data.render import make_renderer
     from ernie_align.models.checkpoint_files import CheckpointFiles
     from ernie_align.models.pixels import ImageSizes
@@ -210,7 +210,7 @@ def encoders(checkpoints):
     return made
 
 
-def _way(format):
+def _encoder_name(format):
     pairs = "preference" in format or format == "ultrafeedback"
     return "pairs" if pairs else "prompts" if format == "prompt" else "answers"
 
@@ -224,15 +224,15 @@ def lines_of(format):
 @fuzzed(max(1, ROWS // len(BASES)))
 @given(data=st.data())
 @pytest.mark.parametrize("format", BASES)
-def test_any_row_is_taken_or_refused_with_its_place(format, media_folder, encoders, data):
+def test_any_row_is_accepted_or_refused_with_its_place(format, media_folder, encoders, data):
     line = data.draw(lines_of(format)).replace(b"\n", b" ") + b"\n"
-    names = {_way(format), "prompts" if _way(format) == "answers" else _way(format)}
+    names = {_encoder_name(format), "prompts" if _encoder_name(format) == "answers" else _encoder_name(format)}
     encode = encoders[data.draw(st.sampled_from(("dense", "vl_moe"))), data.draw(st.sampled_from(sorted(names)))]
-    assert judged(line, format, media_folder, encode) in ([], [f"{media_folder / 'rows.jsonl'}:1"])
+    assert faulty_places(line, format, media_folder, encode) in ([], [f"{media_folder / 'rows.jsonl'}:1"])
 
 
-def judged(line, format, folder, encode):
-    """The places of faults."""
+def faulty_places(line, format, folder, encode):
+    """Return the places of faulty rows."""
     path = folder / "rows.jsonl"
     path.write_bytes(line)
     block = SourceBlock(path=str(path), format=format)
@@ -242,20 +242,20 @@ def judged(line, format, folder, encode):
         except AlignError as error:
             return [fault.where for fault in error.faults]
         rows = len(reader.source.rows)
-        found = reader.inspect(0, rows)
-    assert found.count.rows == rows
-    named = [named for reason in found.faults.values() for named in reason.named]
-    assert all(what and kind for kind in found.faults for _, what, _ in found.faults[kind].named)
+        report = reader.inspect(0, rows)
+    assert report.count.rows == rows
+    named = [named for reason in report.faults.values() for named in reason.named]
+    assert all(what and kind for kind in report.faults for _, what, _ in report.faults[kind].named)
     return [row for row, _, _ in named]
 
 
-# -- what the fuzzing found -------------------------------------------------------------------------------------------
+# -- cases that fuzzing found -----------------------------------------------------------------------------------------
 
 GOOD = "stage: sft\nmodel: {name: a/b}\ndata: {train: [{path: x.jsonl}]}\nrun: {dir: runs/x}\n"
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
-MENDED = {
+FOUND = {
     "a list as the stage": GOOD.replace("sft", "[sft]"),
     "deep lists": GOOD + "x: " + "[" * 5000,
     "deep mappings": GOOD + "x: " + "{a: " * 5000,
@@ -274,16 +274,16 @@ MENDED = {
 }
 
 
-@pytest.mark.parametrize("name", MENDED)
-def test_recipes_that_did_harm_are_refused_with_their_place(name, tmp_path):
-    text, path = MENDED[name], tmp_path / "recipe.yaml"
+@pytest.mark.parametrize("name", FOUND)
+def test_recipes_that_failed_once_are_refused_with_their_place(name, tmp_path):
+    text, path = FOUND[name], tmp_path / "recipe.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with at_most(10), pytest.raises(RecipeError) as caught:
         load_recipe(path)
     assert all(fault.where.startswith(str(path)) for fault in caught.value.faults)
 
 
-def test_a_recipe_without_end_is_not_read_to_its_end(tmp_path):
+def test_an_endless_recipe_is_not_read_to_its_end(tmp_path):
     with at_most(10), pytest.raises(RecipeError, match="over 4,194,304 bytes"):
         load_recipe("/dev/zero")
     pipe = tmp_path / "reward.py"
@@ -331,9 +331,9 @@ ROWS_MENDED = [
 
 
 @pytest.mark.parametrize(("format", "row"), ROWS_MENDED, ids=lambda value: value if isinstance(value, str) else "")
-def test_rows_that_did_harm_are_refused_with_their_place(format, row, media_folder, encoders):
-    encode = encoders["vl_moe", _way(format)]
-    assert judged(as_json(row) + b"\n", format, media_folder, encode) == [f"{media_folder / 'rows.jsonl'}:1"]
+def test_rows_that_failed_once_are_refused_with_their_place(format, row, media_folder, encoders):
+    encode = encoders["vl_moe", _encoder_name(format)]
+    assert faulty_places(as_json(row) + b"\n", format, media_folder, encode) == [f"{media_folder / 'rows.jsonl'}:1"]
 
 
 LINES = {
@@ -351,7 +351,7 @@ LINES = {
 
 @pytest.mark.parametrize("line", LINES, ids=LINES.values())
 @pytest.mark.parametrize("kind", ["jsonl", "json"])
-def test_json_that_readers_do_not_agree_about(line, kind, tmp_path, encoders):
+def test_ambiguous_json_is_refused(line, kind, tmp_path, encoders):
     path, good = tmp_path / f"rows.{kind}", b'{"prompt": "one?"}'
     path.write_bytes(b"\n".join([good, b"", line, good]) if kind == "jsonl" else b"[\n" + good + b",\n" + line + b"]")
     block = SourceBlock(path=str(path), format="prompt")
@@ -371,7 +371,7 @@ def test_json_that_readers_do_not_agree_about(line, kind, tmp_path, encoders):
         ('{"prompt": "a"} {"prompt": ', "not JSON"),
     ],
 )
-def test_a_list_of_rows_is_whole_or_told_by_its_line(text, says, tmp_path):
+def test_an_incomplete_list_of_rows_is_refused_with_its_line(text, says, tmp_path):
     path = tmp_path / "a.json"
     path.write_text("\n" + text)
     block = SourceBlock(path=str(path))
@@ -390,7 +390,7 @@ def test_rows_of_a_list_are_named_by_their_line(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "tsv"])
-def test_tables_that_are_none_have_a_place(kind, tmp_path):
+def test_broken_tables_are_named(kind, tmp_path):
     import pandas
 
     table = pandas.DataFrame({"prompt": ["a", "b"] * 50, "answer": ["c"] * 100})
@@ -409,7 +409,7 @@ def test_tables_that_are_none_have_a_place(kind, tmp_path):
         except DataError as error:
             assert error.faults[0].what and error.faults[0].where
         except RowFault:
-            pass  # it was a table after all, of other rows
+            pass  # it is a readable table, with other rows
 
 
 def test_an_endless_row_is_refused_without_being_held(tmp_path):
@@ -418,7 +418,7 @@ def test_an_endless_row_is_refused_without_being_held(tmp_path):
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
         file.write(b'{"prompt": "one?"}\n')
-        file.truncate(64 << 20)  # the rest is one line of zeros, which take no room on disk
+        file.truncate(64 << 20)  # the rest is one line of zeros, a hole that takes no space on disk
     tracemalloc.start()
     first, second = json_rows.find_rows([str(path)])
     with pytest.raises(RowFault, match="is over the limit of 5,242,880"):
@@ -427,7 +427,7 @@ def test_an_endless_row_is_refused_without_being_held(tmp_path):
     tracemalloc.stop()
 
 
-def test_a_place_that_changes_between_looking_and_reading_is_told(tmp_path):
+def test_a_file_that_changes_between_indexing_and_reading_is_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "one?"}\n{"prompt": "two?"}\n')
     block = SourceBlock(path=str(path))
@@ -440,7 +440,7 @@ def test_a_place_that_changes_between_looking_and_reading_is_told(tmp_path):
         source.read(source.rows[1])
 
 
-def test_what_a_row_holds_does_not_steer_the_terminal():
+def test_control_characters_of_a_row_do_not_reach_the_terminal():
     fault = Fault("rows.jsonl:1", "role '\x1b[2J\x07\ud800'")
     assert "\x1b" not in str(fault) and "\x07" not in str(fault)
     str(fault).encode()

@@ -1,4 +1,4 @@
-"""Images, paths and URLs that mean harm are refused by name; nothing is waited for, nothing foreign is read."""
+"""Malicious images, paths and URLs are refused by name, without hanging and without reading other files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def opened(path):
     image = {"path": str(path), "bytes": None}
     size = media.image_size(image)
     loaded = media.load_image(image)
-    assert loaded.size == size[::-1]  # what was counted is what is cut into patches
+    assert loaded.size == size[::-1]  # the size that is counted is the size that is split into patches
     return loaded
 
 
@@ -45,7 +45,7 @@ def refused(path, kind):
 
 
 def png(width, height, *, data=b"", chunks=()):
-    """A PNG that says it is so large, whatever it holds."""
+    """Return a PNG whose header claims this size."""
 
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -58,7 +58,7 @@ def png(width, height, *, data=b"", chunks=()):
 # -- images -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_billion_pixels_are_seen_before_they_are_decoded(tmp_path):
+def test_a_billion_pixels_are_detected_before_decoding(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     (tmp_path / "a.png").write_bytes(png(40_000, 30_000, data=zlib.compress(b"\0" * 1000)))
     refused(tmp_path / "a.png", "an image of too many pixels")
@@ -68,7 +68,7 @@ def test_a_billion_pixels_are_seen_before_they_are_decoded(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
-def test_a_comment_that_inflates_is_not_inflated(tmp_path):
+def test_a_compressed_comment_is_not_inflated(tmp_path):
     comment = b"a\0\0" + zlib.compress(b"\0" * (100 << 20), 1)
     pixels = zlib.compress(b"\0" * 31 * 10)
     (tmp_path / "a.png").write_bytes(png(10, 10, data=pixels, chunks=[(b"zTXt", comment)]))
@@ -78,24 +78,24 @@ def test_a_comment_that_inflates_is_not_inflated(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"])
-def test_an_image_cut_off_anywhere_is_told_or_whole(format, tmp_path):
+def test_a_truncated_image_is_refused_or_complete(format, tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype="uint8"))
     stream = io.BytesIO()
     noise.save(stream, format=format)
     data, path = stream.getvalue(), tmp_path / "a.png"
-    told = 0
+    refused_count = 0
     for size in range(0, len(data), max(1, len(data) // 60)):
         path.write_bytes(data[:size])
         try:
             opened(path)
         except RowFault as fault:
-            told += 1
+            refused_count += 1
             assert fault.kind in ("a broken image", "an empty image", "a file that is not an image")
-    assert told > 50  # of 60
+    assert refused_count > 50  # of 60
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF"])
-def test_an_image_with_broken_bytes_is_told_or_taken(format, tmp_path):
+def test_an_image_with_corrupt_bytes_is_refused_or_accepted(format, tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype="uint8"))
     stream = io.BytesIO()
     noise.save(stream, format=format)
@@ -115,7 +115,7 @@ def test_an_image_with_broken_bytes_is_told_or_taken(format, tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_a_turned_image_is_counted_as_it_is_cut(format, orientation, tmp_path):
+def test_a_rotated_image_is_counted_as_it_is_split(format, orientation, tmp_path):
     image = Image.new("RGB", (30, 10))
     exif = image.getexif()
     exif[0x0112] = orientation
@@ -123,15 +123,15 @@ def test_a_turned_image_is_counted_as_it_is_cut(format, orientation, tmp_path):
     assert opened(tmp_path / "a.img").size == ((10, 30) if orientation > 4 else (30, 10))
 
 
-def test_what_only_calls_itself_an_image(tmp_path):
-    stranger = {
+def test_files_that_only_have_the_name_of_an_image(tmp_path):
+    files = {
         "svg.png": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
         "html.png": b"<!DOCTYPE html><html><img src=x></html>",
         "eps.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(a) run\n",  # runs Ghostscript
         "pdf.png": b"%PDF-1.4\n",
         "zip.png": b"PK\x03\x04" + b"\0" * 50,
     }
-    for name, data in stranger.items():
+    for name, data in files.items():
         (tmp_path / name).write_bytes(data)
         refused(tmp_path / name, "a file that is not an image")
     (tmp_path / "empty.png").write_bytes(b"")
@@ -156,7 +156,7 @@ def test_a_wrong_extension_and_one_pixel_are_fine(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """inside/ok.png, a secret beside the folder, and every way to it."""
+    """Make inside/ok.png, a secret file outside of that folder, and links to it."""
     inside = tmp_path / "inside"
     inside.mkdir()
     for path in (inside / "ok.png", tmp_path / "secret.png", tmp_path / "inside2.png"):
@@ -190,26 +190,26 @@ UNREADABLE = ["pipe.png", "folder.png", "", "a\0b", "none.png", "ok.png/x", "~/x
 
 @pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: path[:20])
 def test_no_path_leads_out_of_its_folder(folder, path):
-    for spelt in (path, {"path": path}, {"url": path}, {"url": {"url": path}}):
+    for value in (path, {"path": path}, {"url": path}, {"url": {"url": path}}):
         with pytest.raises(RowFault) as caught:
-            media.image_reference(spelt, folder)
+            media.image_reference(value, folder)
         assert caught.value.kind == "an image outside of data.media_root" and "media_folders" in caught.value.fix
 
 
 @pytest.mark.parametrize("path", UNREADABLE, ids=lambda path: repr(path[:12]))
-def test_what_is_no_file_is_told_at_once(folder, path):
+def test_a_path_without_a_file_is_refused_at_once(folder, path):
     began = time.monotonic()
     with pytest.raises(RowFault):
         media.image_size(media.image_reference(path, folder))
-    assert time.monotonic() - began < 5  # a pipe would be waited for without end
+    assert time.monotonic() - began < 5  # reading a pipe would block forever
 
 
-def test_paths_inside_are_read_however_they_are_written(folder):
+def test_paths_inside_are_read_in_any_notation(folder):
     for path in ("ok.png", "./ok.png", "good", "up/inside/ok.png", str(folder / "ok.png"), f"file://{folder}/ok.png"):
         assert media.image_size(media.image_reference(path, folder)) == (9, 9)
-    reach = MediaAccess(folder, (folder.parent,))
+    access = MediaAccess(folder, (folder.parent,))
     for path in ("link.png", "../secret.png", str(folder.parent / "secret.png")):
-        assert media.image_size(media.image_reference(path, reach)) == (9, 9)
+        assert media.image_size(media.image_reference(path, access)) == (9, 9)
     assert media.image_size(media.image_reference(str(folder.parent / "secret.png"), None)) == (
         9,
         9,
@@ -225,7 +225,7 @@ def test_paths_of_a_data_set_without_a_folder_are_not_read():
 @pytest.mark.parametrize(
     "text", ["ftp://a/b.png", "s3://a/b.png", "gopher://x", "data:image/png,abc", "data:;base64,%%"]
 )
-def test_other_schemes_are_no_paths(folder, text):
+def test_other_schemes_are_refused(folder, text):
     with pytest.raises(RowFault) as caught:
         media.image_reference(text, folder)
     assert caught.value.kind in ("a URL of another kind", "an image that is not base64")
@@ -241,7 +241,7 @@ def row_with(image):
     return {"messages": turns, "images": [image]}
 
 
-def test_a_row_that_leads_outside_stops_the_run_by_its_line(folder, renderers):
+def test_a_row_that_leads_outside_is_refused_with_its_line(folder, renderers):
     path = write_rows(folder / "rows.jsonl", [row_with("ok.png"), row_with("../secret.png"), row_with("pipe.png")])
     encode = RowEncoder(renderers["vl_moe"], max_length=64)
     with pytest.raises(DataError) as caught:
@@ -263,11 +263,11 @@ def _png():
 
 @pytest.fixture
 def server():
-    """Answers well, too much, too slowly, not at all, or somewhere else; `asked` is what it was asked for."""
+    """A server that answers correctly, too much, too slowly, not at all, or redirects; `requests` has the paths."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.server.asked.append(self.path)
+            self.server.requests.append(self.path)
             name = self.path.split("?")[0].strip("/")
             data = _png()
             if name.startswith("to-"):
@@ -282,7 +282,7 @@ def server():
                 self.end_headers()
                 return
             self.send_response(200 if name != "gone.png" else 404)
-            if name == "told.png":
+            if name == "announced.png":
                 self.send_header("Content-Length", str(10**12))
             elif name == "short.png":
                 self.send_header("Content-Length", str(len(data) + 10))
@@ -295,14 +295,14 @@ def server():
                     time.sleep(0.05)
                 self.wfile.write(data)
             except OSError:
-                pass  # who asked has gone
+                pass  # the client is gone
 
         def log_message(self, *arguments):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.asked, port = [], server.server_port
+    server.requests, port = [], server.server_port
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     server.url = f"http://127.0.0.1:{port}"
@@ -316,36 +316,36 @@ def test_no_url_is_fetched_unless_the_recipe_says_so(server, tmp_path, renderers
     path = write_rows(tmp_path / "rows.jsonl", [row_with(url)])
     with pytest.raises(DataError, match="not fetched") as caught:
         encode_sample(source_of(path), RowEncoder(renderers["vl_moe"], max_length=64))
-    assert "allow_urls" in caught.value.faults[0].fix and not server.asked
+    assert "allow_urls" in caught.value.faults[0].fix and not server.requests
     assert "secret" not in str(caught.value) and "pass@" not in str(caught.value)
 
 
-def test_a_named_host_is_asked_and_its_image_kept(server, tmp_path, renderers):
+def test_the_image_of_an_allowed_host_is_fetched_and_stored(server, tmp_path, renderers):
     path = write_rows(
         tmp_path / "rows.jsonl", [row_with(f"{server.url}/ok.png?key=1"), row_with(f"{server.url}/to-ok")]
     )
     examples, count = encode_source(
         source_of(path, allow_urls=["127.0.0.1"]), RowEncoder(renderers["vl_moe"], max_length=64)
     )
-    assert count.images == 2 and server.asked == ["/ok.png?key=1", "/to-ok", "/ok.png"]
-    server.shutdown()  # what is encoded needs no network any more
+    assert count.images == 2 and server.requests == ["/ok.png?key=1", "/to-ok", "/ok.png"]
+    server.shutdown()  # encoded rows need no network
     assert media.load_image(examples[0]["media"][0]).size == (60, 60)
 
 
-def test_any_host_means_any_public_one(server, tmp_path, renderers):
+def test_any_host_means_any_public_host(server, tmp_path, renderers):
     path = write_rows(tmp_path / "rows.jsonl", [row_with(f"{server.url}/ok.png")])
     with pytest.raises(DataError, match="not public"):
         encode_sample(source_of(path, allow_urls=True), RowEncoder(renderers["vl_moe"], max_length=64))
     for address in ("http://169.254.169.254/latest", "http://10.0.0.1/", "http://[::1]/", "http://0.0.0.0/"):
         with pytest.raises(RowFault, match="not public"):
             fetch(address, hosts=True, max_seconds=5)
-    assert not server.asked
+    assert not server.requests
 
 
 @pytest.mark.parametrize(
     ("path", "says"),
     [
-        ("/told.png", "1,000,000,000,000 bytes are over the limit"),
+        ("/announced.png", "1,000,000,000,000 bytes are over the limit"),
         ("/endless.png", "over 200,000 bytes"),
         ("/slow.png", "took over 1 s"),
         ("/short.png", "bytes arrived"),
@@ -355,7 +355,7 @@ def test_any_host_means_any_public_one(server, tmp_path, renderers):
         ("/to-itself", "more than 3 redirects"),
     ],
 )
-def test_a_url_gives_an_image_in_time_and_size_or_is_told(server, path, says):
+def test_a_url_is_bounded_in_time_and_size(server, path, says):
     began = time.monotonic()
     with pytest.raises(RowFault, match=says) as caught:
         fetch(server.url + path, hosts=("127.0.0.1",), max_bytes=200_000, max_seconds=1)
@@ -365,12 +365,12 @@ def test_a_url_gives_an_image_in_time_and_size_or_is_told(server, path, says):
 @pytest.mark.parametrize(
     "url", ["http://", "http://[::1", "http://x:99999/", "http://a b/", "http://127.0.0.1:1/", "http:///x"]
 )
-def test_urls_that_are_none_are_told(url):
+def test_invalid_urls_are_refused(url):
     with pytest.raises(RowFault):
         fetch(url, hosts=("127.0.0.1", "x", "a b"), max_seconds=5)
 
 
-def test_base64_of_something_else_is_told(tmp_path):
+def test_base64_that_is_not_an_image_is_refused(tmp_path):
     text = "data:image/png;base64," + base64.b64encode(json.dumps({"a": 1}).encode()).decode()
     with pytest.raises(RowFault, match="not an image"):
         media.image_size(media.image_reference(text, tmp_path))

@@ -28,17 +28,6 @@ def test_dpo_of_equal_ratios_is_log_two():
     assert losses.dpo_sigmoid(CHOSEN, CHOSEN, beta=0.1).item() == pytest.approx(math.log(2), abs=1e-7)
 
 
-def test_hinge():
-    """1 - 2 · 0.75 < 0, 1 - 0.1 · 0.75 = 0.925"""
-    assert losses.hinge(CHOSEN, REJECTED, beta=2.0).item() == 0
-    assert losses.hinge(CHOSEN, REJECTED, beta=0.1).item() == pytest.approx(0.925)
-
-
-def test_ipo():
-    """0.5 / 2 + 0.25 / 4 - 1 / 0.2 = 0.3125 - 5"""
-    assert losses.ipo(CHOSEN, REJECTED, SHORT, LONG, beta=0.1).item() == pytest.approx((0.3125 - 5) ** 2)
-
-
 def test_simpo():
     """2 · (-1 / 2 + 6 / 4) - 0.5 = 1.5"""
     found = losses.simpo(LOGP_CHOSEN, LOGP_REJECTED, SHORT, LONG, beta=2.0, gamma=0.5).item()
@@ -80,12 +69,6 @@ def test_a_bad_token_that_became_likelier_is_not_clipped():
     found = losses.clipped_policy(logps, torch.zeros(1, 1), torch.tensor([-1.0]), torch.ones(1, 1), low=0.2, high=0.2)
     found.backward()
     assert (found.item(), logps.grad.item()) == (pytest.approx(1.5), pytest.approx(1.5))
-
-
-def test_k3_kl():
-    """d = log 2: 2 - log 2 - 1; d = -log 2: 1/2 + log 2 - 1; equal: 0. And never negative."""
-    found = losses.k3_kl(torch.tensor([0.0, 0.0, 0.0]), torch.tensor([math.log(2), -math.log(2), 0.0]))
-    assert found.tolist() == [pytest.approx(1 - math.log(2)), pytest.approx(math.log(2) - 0.5), 0.0]
 
 
 def test_best_and_worst_of_groups():

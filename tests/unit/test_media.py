@@ -1,4 +1,4 @@
-"""Images come out upright and RGB, or say what is wrong with them."""
+"""Images are loaded upright and in RGB, or an error says what is wrong with them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     assert np.abs(loaded.astype(float) - ramp / 256).max() < 1
 
 
-def test_a_photo_taken_sideways_stands_upright(tmp_path):
+def test_a_photo_taken_sideways_becomes_upright(tmp_path):
     image = Image.new("RGB", (30, 10))
     image.putpixel((0, 0), (255, 255, 255))
     exif = image.getexif()
@@ -45,14 +45,14 @@ def test_a_photo_taken_sideways_stands_upright(tmp_path):
     assert upright.size == (10, 30) and upright.getpixel((9, 0)) == (255, 255, 255)
 
 
-def test_of_an_animation_the_first_frame(tmp_path):
+def test_the_first_frame_of_an_animation_is_loaded(tmp_path):
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert media.load_image({"path": str(tmp_path / "a.gif"), "bytes": None}).getpixel((0, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-def test_a_truncated_image_is_told(format, tmp_path):
+def test_a_truncated_image_is_refused(format, tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype="uint8"))
     stream = io.BytesIO()
     noise.save(stream, format=format)
@@ -62,7 +62,7 @@ def test_a_truncated_image_is_told(format, tmp_path):
         media.load_image({"path": str(path), "bytes": None})
 
 
-def test_missing_and_foreign_files_are_told(tmp_path):
+def test_missing_files_and_other_formats_are_refused(tmp_path):
     (tmp_path / "a.png").write_text("no image")
     with pytest.raises(RowFault, match=r"a\.png: not an image"):
         media.image_size({"path": str(tmp_path / "a.png"), "bytes": None})
@@ -74,8 +74,8 @@ def test_missing_and_foreign_files_are_told(tmp_path):
         media.load_image({"path": str(tmp_path), "bytes": None})
 
 
-def test_sizes_are_those_that_transformers_cuts():
-    """Every size from 1 to 3000 pixels a side, drawn at random, and the extremes."""
+def test_sizes_are_those_of_transformers():
+    """Random sizes from 1 to 3000 pixels per side, and the extremes."""
     from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe import Ernie4_5_VLMoeImageProcessorPil
 
     processor, sizes = Ernie4_5_VLMoeImageProcessorPil(), ImageSizes()
@@ -99,13 +99,13 @@ def test_sizes_are_those_that_transformers_cuts():
     assert np.prod(small.grid(500, 500)) <= 7840 / 14**2
 
 
-def test_the_cut_image_has_the_grid_that_was_counted(tmp_path):
+def test_the_processed_image_has_the_predicted_grid(tmp_path):
     from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe import Ernie4_5_VLMoeImageProcessorPil
 
     for height, width in ((56, 56), (10, 300), (333, 57), (1, 1)):
         image = saved(Image.new("L", (width, height)), tmp_path / "a.png")
-        cut = Ernie4_5_VLMoeImageProcessorPil()(images=[media.load_image(image)], return_tensors="pt")
-        assert tuple(cut["image_grid_thw"][0].tolist()) == ImageSizes().grid(*media.image_size(image))
+        processed = Ernie4_5_VLMoeImageProcessorPil()(images=[media.load_image(image)], return_tensors="pt")
+        assert tuple(processed["image_grid_thw"][0].tolist()) == ImageSizes().grid(*media.image_size(image))
 
 
 def test_an_aspect_over_200_is_refused():

@@ -1,4 +1,4 @@
-"""Preferences: every format says the same pair, a pair shares its prompt, and nothing is lost without a word."""
+"""Preferences: every format gives the same pair, a pair shares its prompt, and no pair is dropped silently."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tests.support.runs import FAMILIES
 
 QUESTION = {"role": "user", "content": "What is two plus three?"}
 RIGHT, WRONG = {"role": "assistant", "content": "five"}, {"role": "assistant", "content": "six"}
-SAID = {"from": "human", "value": QUESTION["content"]}
+ASKED = {"from": "human", "value": QUESTION["content"]}
 
-# One question, one pair, in every format of the world.
+# One question and one pair in every format.
 SAME = {
     "preference": {"prompt": [QUESTION], "chosen": [RIGHT], "rejected": [WRONG]},
     "preference, prompt inside": {"chosen": [QUESTION, RIGHT], "rejected": [QUESTION, WRONG]},
@@ -25,7 +25,7 @@ SAME = {
     "preference, answers as text": {"prompt": [QUESTION], "chosen": "five", "rejected": "six"},
     "preference, one message each": {"prompt": QUESTION["content"], "chosen": RIGHT, "rejected": WRONG},
     "sharegpt_preference": {
-        "conversations": [SAID],
+        "conversations": [ASKED],
         "chosen": {"from": "gpt", "value": "five"},
         "rejected": {"from": "gpt", "value": "six"},
     },
@@ -48,7 +48,7 @@ def encoded(row, renderer, root=None, **settings):
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_every_format_says_the_same_pair(name, renderers):
+def test_every_format_gives_the_same_pair(name, renderers):
     assert detect_format(SAME[name]) == name.partition(",")[0]
     (pair,) = encoded(SAME[name], renderers["vl_moe"])
     (known,) = encoded(SAME["preference"], renderers["vl_moe"])
@@ -56,32 +56,32 @@ def test_every_format_says_the_same_pair(name, renderers):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_context_of_a_pair_is_what_generate_is_given(family, renderers):
+def test_the_prompt_of_a_pair_is_the_input_of_generate(family, renderers):
     renderer = renderers[family]
     (pair,) = encoded(SAME["preference"], renderer)
     assert pair["prompt_ids"] == renderer.prompt(canonicalize({"messages": [QUESTION]}, "messages")).input_ids
-    said = [renderer.tokenizer.decode(pair[f"{side}_ids"]) for side in ("chosen", "rejected")]
-    assert said[0].startswith("five") and said[1].startswith("six")
+    answers = [renderer.tokenizer.decode(pair[f"{side}_ids"]) for side in ("chosen", "rejected")]
+    assert answers[0].startswith("five") and answers[1].startswith("six")
     assert pair["chosen_ids"][-1] in renderer.stop_ids and pair["rejected_ids"][-1] in renderer.stop_ids
 
 
-def test_history_is_context_and_is_not_compared(renderers):
+def test_history_is_context_and_not_compared(renderers):
     history = [QUESTION, WRONG, {"role": "user", "content": "Look at both pictures."}]
     (pair,) = encoded({"prompt": history, "chosen": [RIGHT], "rejected": [WRONG]}, renderers["moe"])
     assert sum(pair["chosen_mask"]) == len(pair["chosen_ids"])
     assert "six" in renderers["moe"].tokenizer.decode(pair["prompt_ids"])
 
 
-def test_an_answer_of_turns_that_history_tells_otherwise_is_refused(renderers):
-    """Its log-probability would be taken in a context that generation never sees."""
+def test_an_answer_whose_turns_are_rendered_differently_in_history_is_refused(renderers):
+    """Its log-probs would be computed in a context that never occurs in generation."""
     more = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
     row = {"prompt": [QUESTION], "chosen": [RIGHT, *more], "rejected": [WRONG, *more]}
     with pytest.raises(RowFault, match="several turns"):
         encoded(row, renderers["vl_moe"])
 
 
-def test_thinking_and_tools_reach_the_pair(renderers):
-    """Reasoning is compared where thinking is on, and counted as left out where it is off; tools are context."""
+def test_thinking_and_tools_are_part_of_the_pair(renderers):
+    """Reasoning is compared with thinking on, and counted as left out with thinking off; tools are context."""
     decode = renderers["vl_moe"].tokenizer.decode
     sides = {"chosen": [{**RIGHT, "reasoning_content": "plus"}], "rejected": [WRONG | {"reasoning_content": "one"}]}
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
@@ -92,7 +92,7 @@ def test_thinking_and_tools_reach_the_pair(renderers):
     assert decode(off["chosen_ids"]).startswith("five") and off["reasoning_left_out"] == 2
 
 
-def test_text_pairs_are_plain(renderers):
+def test_text_pairs_use_no_template(renderers):
     (pair,) = encoded({"prompt": "one plus", "chosen": " two", "rejected": " three"}, renderers["dense"])
     (implicit,) = encoded({"chosen": "one plus two", "rejected": "one plus three"}, renderers["dense"])
     tokenizer = renderers["dense"].tokenizer
@@ -127,7 +127,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_a_pair_that_teaches_nothing_stops_the_run_or_is_dropped(what, renderers):
+def test_a_pair_without_a_signal_is_refused_or_dropped(what, renderers):
     with pytest.raises(RowFault, match=what):
         encoded(BAD[what], renderers["vl_moe"])
     with pytest.raises(RowDropped, match=what):
@@ -143,7 +143,7 @@ def test_each_stage_refuses_the_rows_of_the_other(renderers):
         RowEncoder(renderers["moe"], max_length=512)(canonicalize(SAME["preference"], "preference"))
 
 
-def test_a_long_prompt_loses_its_oldest_words_but_no_image_and_no_answer(renderers, digits):
+def test_a_long_prompt_loses_its_oldest_exchange_but_no_image_and_no_answer(renderers, digits):
     """The first exchange shows an image and stays; the second is text and goes."""
     seen = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which digit is this?"}]}
     middle = [{"role": "user", "content": "plus " * 30}, {"role": "assistant", "content": "two"}]
@@ -158,7 +158,7 @@ def test_a_long_prompt_loses_its_oldest_words_but_no_image_and_no_answer(rendere
     assert cut["vision_tokens"] == whole["vision_tokens"] == 2 * 6
     assert cut["chosen_ids"] == whole["chosen_ids"] and cut["media"] == whole["media"]
     assert "plus plus" not in renderers["vl_moe"].tokenizer.decode(cut["prompt_ids"])
-    with pytest.raises(RowDropped):  # nothing is left to take away
+    with pytest.raises(RowDropped):  # no exchange is left to drop
         encoded(row, renderers["vl_moe"], digits, max_length=20, cut=True)
 
 
@@ -167,12 +167,12 @@ def test_the_preview_shows_prompt_and_both_sides(renderers):
 
     parts = preview_example(encoded(SAME["preference"], renderers["vl_moe"])[0], renderers["vl_moe"])
     assert list(parts) == ["prompt", "chosen", "rejected"]
-    assert not any(stretch.trained for stretch in parts["prompt"])
-    assert all(stretch.trained for side in ("chosen", "rejected") for stretch in parts[side])
+    assert not any(span.trained for span in parts["prompt"])
+    assert all(span.trained for side in ("chosen", "rejected") for span in parts[side])
     assert format_preview(parts).count("token") == 3
 
 
-def test_a_batch_is_chosen_above_rejected_with_each_image_once(renderers, digits):
+def test_a_batch_is_all_chosen_then_all_rejected_with_each_image_once(renderers, digits):
     from ernie_align.models.load import load_model
 
     rows = [json.loads(line) for line in (digits / "preferences-val.jsonl").read_text().splitlines()[:2]]
@@ -188,12 +188,12 @@ def test_a_batch_is_chosen_above_rejected_with_each_image_once(renderers, digits
             assert batch["attention_mask"][place].sum() == len(ids)
             compared = batch["input_ids"][place][batch["completion_mask"][place].bool()]
             assert compared.tolist() == example[f"{side}_ids"]
-    # the tokens of both sides are counted, their pixels come once
+    # the image tokens of both sides are counted, but the pixels are loaded once
     assert batch["image_grid_thw"].shape == (2, 3) and batch["vision_tokens"] == 4 * 6
     assert len(batch["pixel_values"]) == 2 * 16
 
 
-def test_a_shared_prompt_stands_before_both_answers(renderers, digits):
+def test_a_shared_prompt_precedes_both_answers(renderers, digits):
     rows = [SAME["preference"], {"prompt": "", "chosen": "two three", "rejected": "one"}]
     examples = [encoded(row, renderers["dense"])[0] | {"rows": [0, number]} for number, row in enumerate(rows)]
     batch = SharedPromptCollator(0)(examples)
@@ -208,6 +208,6 @@ def test_a_shared_prompt_stands_before_both_answers(renderers, digits):
     assert masks.sum(dim=1).tolist() == [
         len(example[f"{side}_ids"]) for side in ("chosen", "rejected") for example in examples
     ]
-    # behind a prompt the first token is predicted, in an empty row it is not: the column that a loss leaves out has it
+    # the first token is predicted only after a prompt; without one it is in the column that a loss ignores
     predicted = [bool(example["prompt_ids"]) for example in examples] * 2
     assert masks[:, 1].bool().tolist() == predicted and masks[:, 0].bool().tolist() == [not on for on in predicted]

@@ -313,7 +313,7 @@ def test_the_memory_in_a_recipes_head_is_the_plans(path):
 
 
 def test_every_stage_has_a_recipe_for_each_real_model():
-    stages = {"sft", "lora", "dpo", "upo"}
+    stages = {"sft", "lora", "dpo", "kto", "upo"}
     assert {(path.parent.name, path.stem) for path in REAL} >= {
         (stage, model) for stage in stages for model in ("0.3b", "21b", "vl_28b")
     }

@@ -1,4 +1,4 @@
-"""Rows -> prompts that a policy answers."""
+"""Rows become prompts for a policy to answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def encode(renderer, values, **options):
     return example
 
 
-def test_a_prompt_is_what_generation_is_given(renderers, family):
+def test_a_prompt_is_the_input_of_generate(renderers, family):
     renderer = renderers[family]
     row = canonicalize({"prompt": [ASKED], "answer": "three", "kind": "sum"}, "prompt")
     example = encode(renderer, {"prompt": [ASKED], "answer": "three", "kind": "sum"})
@@ -28,7 +28,7 @@ def test_a_prompt_is_what_generation_is_given(renderers, family):
     assert (example["trained"], example["cut"], example["opened"]) == (0, False, False)
 
 
-def test_the_known_answer_of_a_conversation_is_a_column_and_never_seen(renderers, family):
+def test_the_known_answer_is_a_column_and_not_in_the_prompt(renderers, family):
     conversation = {"messages": [ASKED, {"role": "assistant", "content": "three"}]}
     example = encode(renderers[family], conversation)
     assert example["input_ids"] == encode(renderers[family], {"prompt": [ASKED]})["input_ids"]
@@ -44,14 +44,14 @@ def test_images_are_counted_and_kept(renderers, digits):
     assert example["vision_tokens"] == 6 * len(values["images"])  # 4 placeholders, a start and an end each
 
 
-def test_text_without_turns_is_asked_as_it_is(renderers):
+def test_plain_text_is_used_unchanged(renderers):
     example = encode(renderers["dense"], {"prompt": "one plus two is"})
     assert example["input_ids"] == renderers["dense"].tokenizer("one plus two is")["input_ids"]
     assert json.loads(example["prompt"]) == "one plus two is"
 
 
-def test_a_prompt_that_begins_the_reasoning_says_so(renderers):
-    """The VL template opens a thought where thinking is on, and closes it at once where it is off."""
+def test_a_prompt_that_opens_a_thinking_block_is_marked(renderers):
+    """The VL template opens a thinking block, and closes it at once if thinking is off."""
     assert encode(renderers["vl_moe"], {"prompt": [ASKED], "thinking": True})["opened"] is True
     assert encode(renderers["vl_moe"], {"prompt": [ASKED], "thinking": False})["opened"] is False
 
@@ -75,13 +75,13 @@ def test_long_prompts_are_dropped_or_lose_their_oldest_exchange(renderers):
         ({"prompt": [ASKED]}, {"reward_columns": {"exact_match": ("answer",)}}, "exact_match reads answer"),
     ],
 )
-def test_rows_that_cannot_be_asked_or_judged_are_refused(renderers, values, options, what):
+def test_rows_without_a_prompt_or_reward_are_refused(renderers, values, options, what):
     row = canonicalize(values, detect_format(values))
     with pytest.raises(RowFault) as error:
         PromptEncoder(renderers["dense"], max_length=256, **options)(row)
     assert what in error.value.what
 
 
-def test_a_row_needs_one_reward_that_can_judge_it(renderers):
+def test_a_row_needs_one_reward_that_can_score_it(renderers):
     reward_columns = {"exact_match": ("answer",), "iou": ("box",)}
     assert encode(renderers["dense"], {"prompt": [ASKED], "box": [0, 0, 1, 1]}, reward_columns=reward_columns)

@@ -1,4 +1,4 @@
-"""What stands before a trained answer is, id for id, what generation is given for that turn."""
+"""The tokens before a trained answer are exactly those that `generate` is given for that turn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ernie_align.data.row import Row, RowDropped, RowFault
 from ernie_align.errors import ModelError
 from tests.support.runs import FAMILIES
 
-# The structure of 21B-A3B-Thinking's template, beside the two that the tiny checkpoints carry.
+# The structure of 21B-A3B-Thinking's template, in addition to those of the tiny checkpoints.
 ALWAYS_THINKS = (
     "{%- for m in messages -%}{%- if m.role == 'assistant' -%}"
     "{{- '<|im_start|>assistant\\n<think>\\n' ~ (m.reasoning_content or '') ~ '\\n</think>\\n\\n<response>\\n' "
@@ -26,7 +26,7 @@ ALWAYS_THINKS = (
 
 
 def conversation(thinking):
-    """Three answers behind a system prompt, a tool call among them."""
+    """Return three answers after a system prompt, one of them a tool call."""
     call = {"type": "function", "function": {"name": "add", "arguments": {"left": 1, "right": 2}}}
     messages = [
         {"role": "system", "content": "Answer in one word."},
@@ -45,8 +45,8 @@ def conversation(thinking):
 
 @pytest.mark.parametrize("family", [*FAMILIES, "always thinks"])
 @pytest.mark.parametrize("thinking", [False, True])
-def test_context_ids_are_what_generate_sees_at_every_turn(renderers, family, thinking):
-    """Against transformers' own apply_chat_template, turn by turn."""
+def test_the_context_of_every_turn_is_the_input_of_generate(renderers, family, thinking):
+    """Compare with transformers' apply_chat_template, turn by turn."""
     if family == "always thinks":
         renderer = Renderer(renderers["dense"].tokenizer)
         renderer.tokenizer.chat_template = ALWAYS_THINKS
@@ -76,7 +76,7 @@ def test_context_ids_are_what_generate_sees_at_every_turn(renderers, family, thi
             assert message["reasoning_content"] in written and "</think>" in written
         if thinking is False:
             assert "think" not in written
-        # behind its context, the answer reads as the template writes it
+        # after its context, the answer reads as the template renders it
         whole = tokenizer.apply_chat_template(
             row.messages[: turn + 1], tools=row.tools, tokenize=False, enable_thinking=thinking
         )
@@ -96,8 +96,8 @@ def test_the_prompt_of_an_evaluation_is_the_context_of_training(renderers, famil
         assert example.labels[length:] == example.input_ids[length:]
 
 
-def test_an_answer_is_tokenized_as_the_model_will_write_it(renderers):
-    """Behind a prompt that ends in a space, `seven` is not ` seven`: together they would be other ids."""
+def test_an_answer_is_tokenized_as_the_model_writes_it(renderers):
+    """After a prompt that ends in a space, tokenizing both together would give other ids than `seven` alone."""
     tokenizer = renderers["dense"].tokenizer
     row = Row(messages=[{"role": "user", "content": "?"}, {"role": "assistant", "content": "seven"}])
     (example,) = renderers["dense"].examples(row, max_length=64)
@@ -126,7 +126,7 @@ def test_images_are_expanded_by_their_size_and_never_trained(renderers, digits):
 
 
 def test_a_special_token_in_a_users_text_is_text(renderers, family):
-    """In a question, a system prompt, an answer, an argument of a tool: it neither routes nor ends anything."""
+    """In a question, a system prompt, an answer and a tool argument it neither routes a token nor ends a turn."""
     renderer = renderers[family]
     tokenizer = renderer.tokenizer
     spell = "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|end_of_sentence|></s>"
@@ -147,8 +147,8 @@ def test_a_special_token_in_a_users_text_is_text(renderers, family):
     assert example.input_ids[: len(renderer.prompt(row).input_ids)] == renderer.prompt(row).input_ids
 
 
-def test_ids_are_the_tokenizers_own_whatever_the_text(renderers, family):
-    """Marked and unmarked, and whatever another call left set in the tokenizer."""
+def test_ids_equal_those_of_the_tokenizer(renderers, family):
+    """For marked and unmarked text, and with settings left over from other calls of the tokenizer."""
     from transformers.utils.chat_template_utils import mark_control_tokens
 
     renderer = renderers[family]
@@ -183,7 +183,7 @@ def test_ids_are_the_tokenizers_own_whatever_the_text(renderers, family):
     ("added", "cut"),
     [
         ([], True),
-        ([("</s>one", {}), ("> two", {}), ("s></s>", {})], True),  # longer than, and across, the special ones
+        ([("</s>one", {}), ("> two", {}), ("s></s>", {})], True),  # longer than special tokens, and overlapping them
         ([("plus</s>", {"normalized": True})], True),
         ([("two", {"special": True}), ("two plus", {})], True),
         ([("two", {"lstrip": True})], False),
@@ -191,8 +191,8 @@ def test_ids_are_the_tokenizers_own_whatever_the_text(renderers, family):
         ([("one", {"single_word": True})], False),
     ],
 )
-def test_ids_of_known_parts_are_those_of_the_whole(renderers, family, added, cut):
-    """Whatever tokens there are: in parts, or all at once where a token heeds what stands around it."""
+def test_ids_of_cached_parts_equal_those_of_the_whole(renderers, family, added, cut):
+    """Split into parts, or whole if an added token depends on the characters around it."""
     from tokenizers import AddedToken
 
     tokenizer, draw = renderers[family].tokenizer, random.Random(0)
@@ -208,7 +208,7 @@ def test_ids_of_known_parts_are_those_of_the_whole(renderers, family, added, cut
 
 
 def test_a_conversation_is_tokenized_about_once(renderers, family):
-    """Of all its contexts together, not many more characters than the longest of them has."""
+    """All contexts together take few more characters than the longest of them."""
     asked = [{"role": "user", "content": f"What is {number} plus three?"} for number in range(30)]
     said = [{"role": "assistant", "content": f"It is {number + 3}."} for number in range(30)]
     row = Row(messages=[message for turn in zip(asked, said, strict=True) for message in turn])
@@ -220,7 +220,7 @@ def test_a_conversation_is_tokenized_about_once(renderers, family):
     parts: dict[str, list[int]] = {}
     for context in contexts:
         assert template.tokenize(context, parts) == template.tokenize(context)
-    # each question stands in two parts: at the end of its own context, and before its answer in the others
+    # each question is in two parts: at the end of its own context, and before its answer in the others
     assert sum(map(len, parts)) < 2 * len(contexts[-1]) < sum(map(len, contexts)) / 5
 
 
@@ -240,8 +240,8 @@ def test_turns_with_label_0_are_context(renderers, family):
     assert renderers[family].tokenizer.decode(trained) == "even<|end_of_sentence|>"
 
 
-def test_turns_share_a_sequence_where_history_is_rendered_as_it_was(renderers):
-    """A template without a space or a thinking block before the answer: one sequence, all three answers trained."""
+def test_turns_share_a_sequence_if_history_is_rendered_unchanged(renderers):
+    """With a template that writes nothing more before an answer, one sequence trains all three answers."""
     renderer = renderers["dense"]
     renderer.tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role + ':' + m.content + ('</s>' if m.role == 'assistant' else ';') }}{% endfor %}"
@@ -262,12 +262,12 @@ def test_long_rows_are_dropped_or_cut_at_a_turn(renderers, family):
         renderer.examples(row, max_length=limit)
     kept = renderer.examples(row, max_length=limit, cut=True)
     assert kept and all(len(example.input_ids) <= limit for example in kept)
-    assert all(example.labels[-1] != IGNORE_INDEX for example in kept)  # cut behind an answer, never inside one
+    assert all(example.labels[-1] != IGNORE_INDEX for example in kept)  # shortened after an answer, never inside one
     with pytest.raises(RowDropped):
         renderer.examples(row, max_length=8, cut=True)
 
 
-def test_an_image_is_never_cut_in_half(renderers, digits):
+def test_an_image_is_never_split(renderers, digits):
     turn = [{"type": "image"}, {"type": "text", "text": "?"}]
     messages = [
         {"role": "user", "content": turn},
@@ -283,7 +283,7 @@ def test_an_image_is_never_cut_in_half(renderers, digits):
         assert len(example.media) == 1 and example.input_ids.count(renderer.vision.placeholder) == 4
 
 
-def test_plain_rows_are_the_users_own_template(renderers):
+def test_plain_rows_use_no_template(renderers):
     tokenizer = renderers["dense"].tokenizer
     (example,) = renderers["dense"].examples(Row(plain=("<s>One plus", " one")), max_length=64)
     assert example.input_ids[0] == tokenizer.bos_token_id and example.labels[-1] == tokenizer.eos_token_id

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from ernie_align.checkpoints import atomic_path
 from ernie_align.rewards import Reward
 from ernie_align.stages.upo.groups import Group
 
@@ -32,9 +33,8 @@ class CompletionLog:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:06d}.parquet"
-        partial = path.with_name(f".{path.name}.partial")
-        Dataset.from_list(rows).to_parquet(partial)
-        partial.replace(path)
+        with atomic_path(path) as partial:
+            Dataset.from_list(rows).to_parquet(partial)
         return path
 
 

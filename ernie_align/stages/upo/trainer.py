@@ -19,9 +19,8 @@ from ernie_align.data.collate import model_inputs
 from ernie_align.data.render import IGNORE_INDEX, Renderer
 from ernie_align.models.image_cache import ImageFeatureCache, find_backbone
 from ernie_align.rewards import Reward
-from ernie_align.stages.eval_metrics import mean_over_ranks
 from ernie_align.stages.fused_head import fused_head_forward
-from ernie_align.stages.trainer import AlignmentTrainer
+from ernie_align.stages.trainer import AlignmentTrainer, mean_over_ranks
 from ernie_align.stages.upo.completion_log import CompletionLog, completion_table
 from ernie_align.stages.upo.groups import Group
 from ernie_align.stages.upo.offline_pairs import OfflinePairs
