@@ -37,7 +37,7 @@ def test_the_memory_it_names_is_the_planners():
 
 def test_it_names_a_memory_for_every_stage():
     stages = re.findall(r"^\| \[(\w+)\]\(docs/[\w/-]+\.md\)", TEXT, re.MULTILINE)
-    assert stages == ["sft", "lora", "dpo", "upo"]
+    assert stages == ["sft", "lora", "dpo", "kto", "upo"]
 
 
 def test_its_figures_of_the_demo_are_those_of_the_page():
