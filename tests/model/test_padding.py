@@ -115,7 +115,7 @@ def test_trls_values_are_accepted(multiple, checkpoints, text_rows, tmp_path):
         ("lora", {"pad_to_multiple_of": 8, "padding_free": True}, "pad_to_multiple_of 8 without padding"),
         ("dpo", {"pad_to_multiple_of": 0}, "pad_to_multiple_of 0 is not a length"),
         ("lora", {"pad_to_multiple_of": "eight"}, "pad_to_multiple_of eight is not a length"),
-        ("upo", {"pad_to_multiple_of": 8}, "not set under training"),
+        ("upo", {"pad_to_multiple_of": 8}, "this key is not set under training"),
     ],
 )
 def test_unsupported_padding_is_refused(stage, training, what, checkpoints, text_rows, tmp_path):

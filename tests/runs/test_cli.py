@@ -54,7 +54,7 @@ def test_train_evaluate_and_generate(checkpoints, digits, tmp_path):
     assert result.exit_code == 0, result.output
     assert len(logged(tmp_path / "run")) == 2 and "finished:" in result.output
     assert "step 2 of 2: loss" in result.output  # no terminal to draw a bar on
-    assert "finished already" in invoke("lora", recipe, "training.max_steps=2", "--resume").output
+    assert "is already finished" in invoke("lora", recipe, "training.max_steps=2", "--resume").output
 
     report = tmp_path / "report.json"
     final = tmp_path / "run" / "final"
@@ -91,7 +91,7 @@ def test_errors_are_printed_without_a_traceback(checkpoints, digits, tmp_path, m
     code, output = run_main(
         monkeypatch, capsys, "sft", recipe, f"data.train.0.path={rows}", f"run.dir={tmp_path / 'run2'}"
     )
-    assert code == 3 and "holds something else (mine)" in output
+    assert code == 3 and "is not empty and is not a run directory" in output and "(mine)" in output
 
 
 def test_vision_scopes_on_a_text_model(checkpoints, text_rows, tmp_path, monkeypatch, capsys):

@@ -356,8 +356,8 @@ def test_evaluation_counts_pairs_and_expert_flips(checkpoints, digits, tmp_path)
         assert 0 < values[5, 1e-2][f"eval_routing/flips_{pool}"] < 1
 
 
-def test_a_run_goes_on_from_the_run_before_it(checkpoints, digits, adapter, tmp_path):
-    """model.name: a run directory. Base, adapter and scope are found, and said."""
+def test_a_run_continues_from_an_earlier_run(checkpoints, digits, adapter, tmp_path):
+    """model.name: a run directory. Base, adapter and scope are found and reported."""
     recipe = recipe_of("dpo", adapter, digits / "preferences-val.jsonl", tmp_path / "run")
     recipe["data"]["train"][0]["limit"] = 8
     del recipe["adapter"]
@@ -365,20 +365,20 @@ def test_a_run_goes_on_from_the_run_before_it(checkpoints, digits, adapter, tmp_
     assert setup.recipe.model.name == str(checkpoints["vl_moe"])
     assert setup.recipe.adapter.path == str(adapter / "final")
     assert setup.parameter_summary == set_up(load_recipe({**recipe, "adapter": BOTH_POOLS})).parameter_summary
-    assert any("is an adapter: going on with it" in note for note in setup.notes)
+    assert any("is an adapter: training continues with it" in note for note in setup.notes)
     run_quietly(recipe | {"training": recipe["training"] | {"max_steps": 1}})
     assert RunDirectory(tmp_path / "run").final.exists()
     assert logged(tmp_path / "run", "rewards/margins") == [0.0]
 
 
-def test_a_run_that_cannot_be_gone_on_with_is_told(checkpoints, text_rows, adapter, tmp_path):
+def test_a_run_that_cannot_be_continued_is_an_error(checkpoints, text_rows, adapter, tmp_path):
     with pytest.raises(RecipeError, match="is an adapter, not a model"):
         set_up(load_recipe(recipe_of("sft", adapter, text_rows, tmp_path / "run")))
     other = recipe_of("dpo", adapter, text_rows, tmp_path / "run", adapter={"path": str(tmp_path)})
     with pytest.raises(RecipeError, match=r"adapter\.path names another"):
         set_up(load_recipe(other))
     shutil.rmtree(adapter / "final")
-    with pytest.raises(RecipeError, match="has not finished"):
+    with pytest.raises(RecipeError, match="is an unfinished run"):
         set_up(load_recipe(recipe_of("lora", adapter, text_rows, tmp_path / "run")))
 
 
