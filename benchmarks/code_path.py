@@ -12,6 +12,7 @@ happens to a row.
 from __future__ import annotations
 
 import argparse
+import inspect
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,8 @@ class CallCounter:
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         path = frame.f_code.co_filename
-        if event != "call" or not path.startswith(PACKAGE) or frame.f_code.co_name == "<module>":
+        runs_at_import = not frame.f_code.co_flags & inspect.CO_OPTIMIZED  # the body of a module or of a class
+        if event != "call" or not path.startswith(PACKAGE) or runs_at_import:
             return
         file = path.removeprefix(PACKAGE)
         self.calls[file] += 1

@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,7 @@ from ernie_align.errors import RecipeError
 from ernie_align.recipe import rewards as blocks
 from ernie_align.rewards import sandbox, verifiers
 from ernie_align.rewards.judge import judge
-from ernie_align.rewards.reward import Scorer, answer_text, by_row, reasoning_text, source_line
+from ernie_align.rewards.reward import Reward, Scorer, answer_text, by_row, reasoning_text, source_line
 
 _PATTERN_SECONDS = 1.0  # of computing for one answer; a pattern that takes longer is backtracking
 
@@ -207,3 +207,17 @@ SCORERS: dict[str, Callable[[Any], Scorer]] = {
     "length": _length,
     "repetition": _repetition,
 }
+
+
+def build_rewards(rewards: Sequence[blocks.RewardBlock], *, cache: Path | None = None) -> list[Reward]:
+    """Build the rewards of a recipe, in its order.
+
+    cache: folder in which judges store their scores; None stores nothing. A reward is named by its label, or by its
+    name; the second one without a label is name_2.
+    Raises RecipeError if a block names something that is missing or broken: an environment variable, a package, a JSON
+    schema, a file that fails.
+    """
+    return [
+        Reward(name, block.weight, build_scorer(block, cache), block.where(""))
+        for name, block in zip(blocks.reward_names(rewards), rewards, strict=True)
+    ]

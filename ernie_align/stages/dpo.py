@@ -162,7 +162,7 @@ class DpoRecipe(PolicyRecipe):
 
 
 def _extra_losses(block: DpoBlock) -> list[tuple[Callable[..., Any], float]]:
-    from ernie_align import losses
+    import ernie_align.losses as losses
 
     def simpo(policy, reference, lengths):
         return losses.simpo(*policy, *lengths, beta=block.beta, gamma=block.simpo_gamma)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from trl import DPOTrainer
 
-from ernie_align import losses
+import ernie_align.losses as losses
 from ernie_align.data.collate import model_inputs
 from ernie_align.data.render import IGNORE_INDEX
 from ernie_align.models import packed_attention

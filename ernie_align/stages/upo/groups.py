@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ernie_align import losses
+import ernie_align.losses as losses
 
 if TYPE_CHECKING:
     from ernie_align.stages.upo.recipe import FilterBlock

@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from ernie_align import losses
+import ernie_align.losses as losses
 from ernie_align.data import media
 from ernie_align.data.collate import load_pixels, pad
 from ernie_align.losses import compute_advantages

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from ernie_align import losses
+import ernie_align.losses as losses
 from ernie_align.data.collate import model_inputs
 from ernie_align.data.render import IGNORE_INDEX, Renderer
 from ernie_align.models.image_cache import ImageFeatureCache, find_backbone
