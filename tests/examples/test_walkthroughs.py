@@ -15,7 +15,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.support.notebooks import stumbles
+from tests.support.notebooks import unexpected_stderr
 from tests.support.runs import ROOT
 
 pytestmark = pytest.mark.examples
@@ -47,7 +47,7 @@ def test_a_notebook_runs_from_a_clean_kernel(clone, name):
     resources = {"metadata": {"path": str(clone / "examples")}}
     NotebookClient(notebook, timeout=SLOWEST, kernel_name="python3", resources=resources).execute()
     said = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert not stumbles(said)
+    assert not unexpected_stderr(said)
     assert any("image/png" in output.get("data", {}) for output in said)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 
-def stumbles(outputs):
-    """What stands on stderr, but for the warnings of a run about itself: 401 hacks a reward on purpose."""
+def unexpected_stderr(outputs):
+    """Return the lines on stderr, except the warnings of reward hacking that 401 provokes."""
     text = "".join("".join(output["text"]) for output in outputs if output.get("name") == "stderr")
-    return [line for line in text.splitlines() if not re.match(r"step \d+: (completions of|KL) ", line)]
+    return [line for line in text.splitlines() if not re.match(r"step \d+: (completions have|KL) ", line)]

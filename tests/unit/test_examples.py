@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from tests.support.notebooks import stumbles
+from tests.support.notebooks import unexpected_stderr
 from tests.support.runs import ROOT
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
@@ -61,7 +61,7 @@ def test_only_public_names_are_called(path):
 def test_it_was_run_from_top_to_bottom_without_a_stumble(path):
     assert [cell["execution_count"] for cell in cells(path)] == list(range(1, len(cells(path)) + 1))
     assert not [output for output in outputs(path) if output["output_type"] == "error"]
-    assert not stumbles(outputs(path))
+    assert not unexpected_stderr(outputs(path))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
