@@ -1,7 +1,7 @@
 """Compute what autograd saves in a forward pass for its backward pass, layer by layer.
 
 Derived from the code of transformers' ERNIE 4.5 classes, TRL's fused head and PEFT, and tested against what autograd
-really saves (tests/unit/test_plan.py). Symbols: s bytes of a value in the compute dtype, k experts per token; values
+really saves (tests/model/test_plan.py). Symbols: s bytes of a value in the compute dtype, k experts per token; values
 that are float32 in any dtype take 4 bytes.
 """
 
