@@ -43,9 +43,8 @@ _RESERVED = {
     "precompute_ref_batch_size": "drop it: the reference is computed with each batch",
     "train_sampling_strategy": "drop it: rows are shuffled by run.seed",
 }
-_BALANCE = (
-    4 / 3
-)  # eq. 8 of the KTO paper: 1 <= desirable_weight · desirable / (undesirable_weight · undesirable) <= 4/3
+# eq. 8 of the KTO paper: 1 <= desirable_weight · desirable / (undesirable_weight · undesirable) <= 4/3
+_BALANCE = 4 / 3
 
 
 class KtoBlock(Block):
